@@ -1,0 +1,102 @@
+"""How a causal language model is loaded and called: the same for student and teacher.
+
+The losses never see logits of a whole batch; they take hidden states and the output matrix, so a model is used as
+its decoder (tokens -> hidden states after the final norm) and its head (hidden @ head.T = logits).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from onpolicy.teachers.convert import resolve_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from onpolicy.batching import Batch
+
+
+def loading_options(name: str) -> dict[str, Any]:
+    """Keyword arguments for ``from_pretrained``: a local directory is never looked up on a hub."""
+    return {"local_files_only": Path(name).is_dir(), "trust_remote_code": False}
+
+
+def check_model_exists(name: str, option: str) -> None:
+    """Raise ValueError, before anything heavy is imported, when ``name`` looks like a path and nothing is there."""
+    directory = Path(resolve_model(name))
+    if directory.is_dir():
+        if not (directory / "config.json").exists():
+            raise ValueError(f"{option}: '{directory}' holds no config.json; give a Hugging Face checkpoint directory")
+    elif directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
+        raise ValueError(f"{option}: no such model directory '{name}'; give a directory, or a hub id of the form owner/name")
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    path = resolve_model(name)
+    return AutoTokenizer.from_pretrained(path, **loading_options(path))
+
+
+def load_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """A causal LM in evaluation mode, SDPA attention. ValueError when its head is not a plain matrix product."""
+    from transformers import AutoModelForCausalLM
+
+    path = resolve_model(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation="sdpa", **loading_options(path)
+        )
+    except OSError as error:
+        raise ValueError(f"cannot load the model '{name}': {error}") from error
+    model.to(device).eval()
+    check_linear_head(model)
+    return model
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
+
+
+def head_weight(model: nn.Module) -> torch.Tensor:
+    """The output matrix [V, D] as it acts, a LoRA update on it included (gradients flow to both factors)."""
+    head = base_model(model).get_output_embeddings()
+    lora = getattr(head, "lora_A", None)
+    if not lora:
+        return head.weight
+    weight = head.get_base_layer().weight
+    for name in head.active_adapters:
+        weight = weight + head.scaling[name] * head.lora_B[name].weight @ head.lora_A[name].weight
+    return weight
+
+
+def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """Hidden states [N, D] that predict the batch's completion tokens: ``hidden @ head.T`` are their logits."""
+    decoder = base_model(model).get_decoder()
+    output = decoder(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    ).last_hidden_state
+    return output.flatten(0, 1).index_select(0, batch.predict)
+
+
+@torch.no_grad()
+def check_linear_head(model: PreTrainedModel) -> None:
+    """Refuse a model whose logits are not ``hidden @ head.T`` (soft-capped, scaled or biased heads)."""
+    probe = torch.arange(min(4, model.config.get_text_config().vocab_size), device=model.device)[None]
+    output = model(input_ids=probe, use_cache=False, output_hidden_states=True)
+    ours = output.hidden_states[-1] @ head_weight(model).T
+    scale = output.logits.abs().amax().clamp_min(1e-6)
+    if not torch.allclose(ours / scale, output.logits / scale, atol=2e-2):
+        raise ValueError(
+            f"{type(model).__name__} does not compute its logits as a plain matrix product of its last hidden states "
+            "(a soft-capped, scaled or biased head); the bounded-memory loss would be wrong for it. Use a model with a "
+            "plain output layer (Llama, Qwen, SmolLM, Mistral and most others have one)"
+        )
