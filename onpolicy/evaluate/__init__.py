@@ -1,0 +1,1 @@
+"""What was transferred: the student beside its teacher on prompts it never trained on."""

@@ -1,0 +1,103 @@
+"""What the held-out figures mean, in words: one definition for the report, the model card and whoever prints them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+ON_STUDENT = "_on_student"  # suffix of figures measured on prefixes the student visits
+LABELS = {"start": "start", "after_warm_start": "after warm start", "end": "end"}  # in the order of the run
+Heldout = Mapping[str, Mapping[str, float]]  # label -> metric -> value, as in summary.json
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One metric of ``summary["heldout"]``."""
+
+    key: str
+    title: str
+    unit: str
+    better: str  # "higher" or "lower"
+    meaning: str
+
+
+FIGURES = (
+    Figure("reverse_kl", "Reverse KL", "nats per token", "lower",
+           "KL(student ‖ teacher): how much the student puts where its teacher puts nothing."),
+    Figure("forward_kl", "Forward KL", "nats per token", "lower",
+           "KL(teacher ‖ student): how much of its teacher the student misses."),
+    Figure("acceptance_t1", "Acceptance at T=1", "share of tokens", "higher",
+           "Sampled draft tokens that lossless speculative decoding keeps: the sum of min(p, q)."),
+    Figure("acceptance_t0", "Acceptance at T=0", "share of tokens", "higher",
+           "Greedy draft tokens it keeps: both models have the same most likely token, on greedy text."),
+    Figure("agreement", "Top-1 agreement", "share of tokens", "higher",
+           "How often both models have the same most likely token, on sampled text."),
+    Figure("perplexity", "Perplexity", "effective choices", "lower",
+           "Of the teacher's sampled text under the student; on the student's own text, under the teacher."),
+)  # fmt: skip
+
+GROUPS = (
+    ("", "On prefixes the teacher visits", "what counts for drafting: the teacher's text is what gets served"),
+    (ON_STUDENT, "On prefixes the student visits", "what counts when the student writes alone"),
+)
+
+
+def present_labels(heldout: Heldout) -> list[str]:
+    """The labels there are, known ones first and in the order of the run."""
+    known = [label for label in LABELS if heldout.get(label)]
+    return known + [label for label in heldout if label not in LABELS and heldout[label]]
+
+
+def value_of(heldout: Heldout, label: str, key: str) -> float:
+    """A figure, NaN where it was not measured."""
+    value = heldout.get(label, {}).get(key)
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def number(value: float | None) -> str:
+    """A figure for people: 0.4312, 3.142, 41.3, 12,345; an en dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    size = abs(value)
+    if size >= 1e9:
+        return f"{value:.3g}"
+    digits = 0 if size >= 100 else 1 if size >= 10 else 3
+    if 0 < size < 0.0005:
+        return f"{value:.1e}"
+    return f"{value:,.{digits}f}"
+
+
+def duration(seconds: float | None) -> str:
+    """42.0 s, 7 min 05 s, 3 h 12 min."""
+    if seconds is None or not math.isfinite(seconds):
+        return "–"
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def headline(heldout: Heldout) -> str:
+    """What the run achieved, in one sentence made of its own figures."""
+    labels = present_labels(heldout)
+    chosen = [(f, f.title[0].lower() + f.title[1:]) for f in FIGURES if f.key in ("acceptance_t1", "reverse_kl")]
+    parts = []
+    for figure, name in sorted(chosen, key=lambda pair: pair[0].key):
+        unit = "" if figure.unit.startswith("share") else f" {figure.unit}"
+        values = [v for v in (value_of(heldout, label, figure.key) for label in labels) if math.isfinite(v)]
+        if values:
+            parts.append(
+                f"{name} {_change(values[0], values[-1])}{unit}"
+                if len(values) > 1
+                else f"{name} is {number(values[0])}{unit}"
+            )
+    if not parts:
+        return "No held-out figures were measured."
+    return "On held-out prompts, " + " and ".join(parts) + "."
+
+
+def _change(before: float, after: float) -> str:
+    if number(before) == number(after):
+        return f"stayed at {number(after)}"
+    return f"{'rose' if after > before else 'fell'} from {number(before)} to {number(after)}"
