@@ -1,0 +1,70 @@
+"""Optimizer, schedule, and the one place where gradients become new weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+
+from onpolicy.config import OptimConfig, Schedule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite; the update was not applied."""
+
+
+def schedule_scale(step: int, total: int, warmup: int, schedule: Schedule, final: float) -> float:
+    """Share of the peak learning rate at update ``step`` of ``total``, counted from 0."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, total - warmup)
+    if schedule == "linear":
+        return 1 - (1 - final) * progress
+    if schedule == "cosine":
+        return final + (1 - final) * (1 + math.cos(math.pi * progress)) / 2
+    return 1.0
+
+
+class Optimization:
+    """AdamW over the trainable parameters. Gradients are summed over processes: losses carry the global denominator."""
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig, accelerator: Accelerator):
+        self.parameters = list(parameters)
+        self.config, self.accelerator = config, accelerator
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+
+    def global_sum(self, value: float) -> float:
+        """Sum over all processes."""
+        if self.accelerator.num_processes == 1:
+            return value
+        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)).item()
+
+    def apply(self, learning_rate: float, where: str) -> float:
+        """Sum gradients over processes, clip, update, clear. Returns the norm before clipping.
+
+        Raises NonFiniteError, leaving the weights as they are, when a gradient is not finite.
+        """
+        if self.accelerator.num_processes > 1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad = self.accelerator.reduce(parameter.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"{where}: the gradient is {norm}; the update was not applied and the last checkpoint is intact. "
+                "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume; if it happens at "
+                "the first step, check the data and try --student.precision float32"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm

@@ -1,0 +1,376 @@
+"""One run from configuration to summary: what is checked, built, executed and left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from onpolicy import checks
+from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, write_json
+from onpolicy.config import TrainConfig
+from onpolicy.evaluate.heldout import heldout_params, summarise, token_statistics
+from onpolicy.metrics import JsonLines, Progress, peak_rss_gib
+from onpolicy.models import load_causal_lm, load_tokenizer
+from onpolicy.optimization import NonFiniteError
+from onpolicy.parity import ParityError
+from onpolicy.prompts import PromptOrder, check_source, end_of_turn_id, load_prompts
+from onpolicy.rollouts.files import load_rollouts, save_rollouts
+from onpolicy.seeds import derive
+from onpolicy.stages import Stage, StageSettings
+from onpolicy.stages.on_policy import OnPolicy
+from onpolicy.stages.warm_start import WarmStart
+from onpolicy.student import Student, build_student
+from onpolicy.teachers.local import LocalTeacher
+from onpolicy.trainer import Trainer
+from onpolicy.types import Prompt, Rollout, SamplingParams, Source
+from onpolicy.updates import divergence_update, loss_temperature, make_update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from onpolicy.rollouts.base import Sampler
+
+
+class Interrupted(Exception):
+    """Stopped by the user; everything is saved."""
+
+
+class StoppedRun(Exception):
+    """Stopped by a fault that is not the user's, with what to do about it."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: nothing heavy has been loaded yet."""
+
+    config: TrainConfig
+    directory: Path
+    resume: bool
+    tokenizer: PreTrainedTokenizerBase
+    train_prompts: list[Prompt]
+    heldout_prompts: list[Prompt]
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def summary(self) -> Path:
+        return self.directory / "summary.json"
+
+
+def prepare(config: TrainConfig, resume: bool) -> Prepared:
+    """Find every mistake that can be found before models are loaded. Raises ValueError or FileNotFoundError."""
+    directory = Path(config.output_dir) / config.name
+    checks.check_settings(config)
+    make_update(config)
+    checks.check_directory(directory, resume)
+    saved = directory / "config.yaml"
+    if resume and saved.exists():
+        checks.check_same_config(yaml.safe_load(saved.read_text()), plain(config))
+    check_engine(config)
+    check_source(config.prompts)
+    teacher, student = checks.check_models(config)
+    tokenizer = load_tokenizer(config.teacher.model)
+    if config.student.model is not None and student is not None:
+        own = load_tokenizer(config.student.model)
+        checks.check_vocabularies(tokenizer, own, teacher.vocab_size, student.vocab_size)
+        checks.check_same_rendering(tokenizer, own, config)
+    context = min(c.max_position_embeddings for c in (teacher, student or teacher))
+    limit = context - max(config.sampling.max_tokens, config.evaluation.max_tokens)
+    train, heldout = load_prompts(config.prompts, tokenizer, model_limit=limit)
+    checks.check_completions(config, train)
+    stops = {end_of_turn_id(tokenizer, config.prompts.template), tokenizer.eos_token_id} - {None}
+    return Prepared(config, directory, resume, tokenizer, train, heldout, tuple(sorted(stops)))
+
+
+def check_engine(config: TrainConfig) -> None:
+    if config.rollouts.engine == "vllm" and not has_vllm():
+        raise ValueError(
+            "rollouts.engine: vllm, but vLLM is not installed; run `make setup` (CPU), install `vllm` (GPU), or set "
+            "rollouts.engine: transformers"
+        )
+
+
+def has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def plain(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as YAML and JSON know it (tuples become lists)."""
+    return yaml.safe_load(yaml.safe_dump(_lists(asdict(config))))
+
+
+def _lists(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def execute(prepared: Prepared) -> Path:
+    """Run to the end and return the path of summary.json. Raises Interrupted or StoppedRun with what to do."""
+    if prepared.summary.exists():  # --resume of a finished run
+        return prepared.summary
+    prepared.directory.mkdir(parents=True, exist_ok=True)
+    with atomic_file(prepared.directory / "config.yaml") as file:
+        yaml.safe_dump(plain(prepared.config), file, sort_keys=False)
+    with Run(prepared) as run:
+        try:
+            return run.execute()
+        except (DiskFullError, NonFiniteError, ParityError) as error:
+            raise StoppedRun(str(error)) from error
+
+
+class Run:
+    """The parts of a run and the order in which they are used."""
+
+    def __init__(self, prepared: Prepared):
+        self.prepared, self.config, self.directory = prepared, prepared.config, prepared.directory
+        self.started = time.perf_counter()
+        self.resources = contextlib.ExitStack()
+        self.stopping = False
+        self.sampler: Sampler | None = None
+
+    def __enter__(self) -> Run:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self.resources.callback(signal.signal, signum, signal.signal(signum, self._on_signal))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.resources.close()
+
+    def _on_signal(self, signum: int, frame: object) -> None:
+        if self.stopping:  # the second time, at once
+            raise KeyboardInterrupt
+        self.stopping = True
+        self.progress.say("stopping after this step; once more to stop at once")
+
+    def execute(self) -> Path:
+        config = self.config
+        self._build()
+        stages = self._stages()
+        labels = ["after_warm_start", "end"] if len(stages) == 2 else ["end"]
+        self._evaluate("start")
+        for index, (stage, label) in enumerate(zip(stages, labels, strict=True)):
+            if index < self.trainer.state.stage:
+                continue
+            if self.saved_stage is not None:
+                stage.load_state_dict(self.saved_stage)
+                self.saved_stage = None
+            if not self.trainer.run_stage(stage):
+                raise Interrupted(f"stopped and saved; continue with --resume --name {config.name}")
+            self._evaluate(label)
+            self.trainer.state.stage, self.trainer.state.step = index + 1, 0
+        return self._finish()
+
+    # -- building
+
+    def _build(self) -> None:
+        from accelerate import Accelerator
+
+        config = self.config
+        self.accelerator = Accelerator(
+            log_with=config.logging.trackers or None, project_dir=str(self.directory), cpu=not torch.cuda.is_available()
+        )
+        self.main = self.accelerator.is_main_process
+        self.progress = Progress(config.logging.progress and self.main)
+        self.resources.callback(self.progress.close)
+        self._teacher_samples()
+        dtype = getattr(torch, config.teacher.dtype)
+        teacher_model = load_causal_lm(config.teacher.model, dtype, self.accelerator.device)
+        self.student = build_student(config.student, teacher_model, self.accelerator.device)
+        self.teacher = LocalTeacher(teacher_model)
+        trained = sum(p.numel() for p in self.student.trainable().values())
+        checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
+        store = CheckpointStore(self.directory / "checkpoints", config.checkpoint.keep)
+        self.trainer = Trainer(config, self.student, self.teacher, self.accelerator, store, self.progress)
+        self.trainer.started = self.started
+        self.trainer.stop_requested = lambda: self.stopping
+        self._load_checkpoint(store)
+        self._start_trackers()
+
+    def _load_checkpoint(self, store: CheckpointStore) -> None:
+        saved, warnings = store.load_latest()
+        for warning in warnings:
+            self.progress.say(f"warning: {warning}")
+        self.saved_stage = self.trainer.load(saved) if saved is not None else None
+        lines = saved["metrics_lines"] if saved is not None else 0
+        self.trainer.lines = JsonLines(self.directory / "metrics.jsonl", keep=lines) if self.main else None
+        if saved is not None:
+            self.progress.say(f"continuing after step {self.trainer.state.steps_done}")
+
+    def _start_trackers(self) -> None:
+        kwargs = {}
+        if "tensorboard" in self.config.logging.trackers:
+            kwargs["tensorboard"] = {"purge_step": self.trainer.state.steps_done + 1}  # drop what a killed run wrote
+        settings = {k: v for k, v in checks.flatten(plain(self.config)).items() if isinstance(v, int | float | str | bool)}
+        self.accelerator.init_trackers("tracker", config=settings, init_kwargs=kwargs)
+        self.resources.callback(self.accelerator.end_training)
+
+    def open_sampler(self, model_dir: str, source: Source) -> Sampler:
+        """The engine the configuration asks for, on a checkpoint directory."""
+        config = self.config.rollouts
+        prompts = [*self.prepared.train_prompts, *self.prepared.heldout_prompts]
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        tokens = max(self.config.sampling.max_tokens, self.config.evaluation.max_tokens)
+        shared: dict[str, Any] = {
+            "dtype": config.dtype, "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs, "source": source
+        }  # fmt: skip
+        if config.engine == "transformers" or not has_vllm():
+            from onpolicy.rollouts.transformers_sampler import TransformersSampler
+
+            return TransformersSampler(model_dir, **shared)
+        from onpolicy.rollouts.vllm_local import VLLMSampler
+
+        return VLLMSampler(model_dir, kv_cache_gib=config.kv_cache_gib, **shared)
+
+    def _open_student_sampler(self) -> Sampler:
+        if self.sampler is None:
+            with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
+                self.student.save(Path(scratch), self.prepared.tokenizer)
+                self.sampler = self.resources.enter_context(self.open_sampler(scratch, "student"))
+        return self.sampler
+
+    # -- the teacher's own samples, drawn once and kept
+
+    def _teacher_samples(self) -> None:
+        """Draw what the warm start and the evaluation need of the teacher, unless an earlier start left it here."""
+        wanted = list(self._teacher_jobs())
+        missing = [job for job in wanted if not self._samples_file(job[0]).exists()]
+        if missing:
+            from onpolicy.teachers.convert import resolve_model
+
+            with self.open_sampler(resolve_model(self.config.teacher.model), "teacher") as sampler:
+                for name, prompts, params in missing:
+                    total = len(prompts) * params.n * params.max_tokens
+                    self.progress.stage(f"teacher samples: {name}", total)
+                    report = lambda tokens: self.progress.advance("tokens, at most", by=tokens)  # noqa: E731
+                    save_rollouts(self._samples_file(name), sampler.generate(prompts, params, report))
+        self.teacher_rollouts = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
+
+    def _samples_file(self, name: str) -> Path:
+        return self.directory / "samples" / f"teacher_{name}.jsonl"
+
+    def _teacher_jobs(self) -> Iterator[tuple[str, list[Prompt], SamplingParams]]:
+        config, warm = self.config, self.config.warm_start
+        heldout = self.prepared.heldout_prompts[: config.evaluation.num_prompts]
+        if heldout:
+            yield "sampled", heldout, self._heldout_params(greedy=False)
+            yield "greedy", heldout, self._heldout_params(greedy=True)
+        if warm.num_prompts:
+            order = PromptOrder(self.prepared.train_prompts, derive(config.seed, "warm start prompts"))
+            prompts = order.next_batch(min(warm.num_prompts, len(self.prepared.train_prompts)))
+            yield "warm_start", prompts, self._sampling_params(warm.samples_per_prompt, "teacher")
+
+    def _sampling_params(self, n: int, purpose: str) -> SamplingParams:
+        sampling = self.config.sampling
+        return SamplingParams(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, n,
+            derive(self.config.seed, purpose), self.prepared.stop_token_ids,
+        )  # fmt: skip
+
+    def _heldout_params(self, greedy: bool) -> SamplingParams:
+        tokens = self.config.evaluation.max_tokens
+        return heldout_params(tokens, derive(self.config.seed, "heldout"), greedy, self.prepared.stop_token_ids)
+
+    # -- stages and evaluation
+
+    def _stages(self) -> list[Stage]:
+        config = self.config
+        temperature, normalize = loss_temperature(config.sampling.temperature), config.optim.normalize
+        stages: list[Stage] = []
+        if config.warm_start.num_prompts:
+            warm = config.warm_start
+            update = divergence_update(warm.divergence, temperature, normalize)
+            stages.append(
+                WarmStart(
+                    self.teacher_rollouts["warm_start"], update, epochs=warm.epochs,
+                    rollouts_per_step=warm.rollouts_per_step, learning_rate=warm.learning_rate,
+                    seed=config.seed,
+                )
+            )  # fmt: skip
+        if config.steps:
+            stages.append(self._on_policy())
+        return stages
+
+    def _on_policy(self) -> OnPolicy:
+        config = self.config
+        settings = StageSettings("on_policy", config.steps, config.optim.learning_rate, config.optim.updates_per_step)
+        return OnPolicy(
+            self.student, self._open_student_sampler, self._prompt_order(),
+            self._sampling_params(config.sampling.samples_per_prompt, "student"), make_update(config), settings,
+            prompts_per_step=config.prompts_per_step, lmbda=config.gkd.lmbda if config.algorithm == "gkd" else 1.0,
+            seed=config.seed,
+        )  # fmt: skip
+
+    def _prompt_order(self) -> PromptOrder:
+        return PromptOrder(self.prepared.train_prompts, derive(self.config.seed, "prompts"), self.config.prompts.shuffle)
+
+    def _evaluate(self, label: str) -> None:
+        """Held-out figures under ``label``, unless a resumed run already has them."""
+        results = self.trainer.state.heldout
+        prompts = self.prepared.heldout_prompts[: self.config.evaluation.num_prompts]
+        if not prompts or label in results:
+            return
+        self.progress.stage(f"held-out evaluation: {label}", 2)
+        sampler = self._open_student_sampler()
+        sampler.sync(self.student.weights(), self.trainer.state.policy_version)
+        own = {greedy: sampler.generate(prompts, self._heldout_params(greedy)) for greedy in (False, True)}
+        theirs = {False: self.teacher_rollouts["sampled"], True: self.teacher_rollouts["greedy"]}
+        figures: dict[str, float] = {}
+        for visited_by, rollouts in (("teacher", theirs), ("student", own)):
+            sampled, greedy = self._statistics(rollouts[False]), self._statistics(rollouts[True])
+            figures |= summarise(sampled, greedy, visited_by)
+            self.progress.advance("")
+        results[label] = figures
+        self.progress.say(
+            f"{label}: reverse KL {figures['reverse_kl']:.3f}, acceptance {figures['acceptance_t1']:.3f} (T=1), "
+            f"{figures['acceptance_t0']:.3f} (T=0)"
+        )
+
+    def _statistics(self, rollouts: list[Rollout]) -> dict[str, float]:
+        batching = self.config.batching
+        return token_statistics(
+            self.student, self.teacher, rollouts, token_budget=batching.token_budget, share_prompts=batching.share_prompts
+        )
+
+    # -- the end
+
+    def _finish(self) -> Path:
+        from onpolicy.evaluate.card import write_model_card
+        from onpolicy.evaluate.report import write_report
+
+        if self.main:
+            summary = self.summary()
+            student = self.directory / "student"
+            self.student.save(student, self.prepared.tokenizer)
+            write_model_card(student, self.config, summary)
+            write_report(self.directory / "report.html", self.directory / "metrics.jsonl", summary)
+            write_json(self.prepared.summary, summary)  # last: its presence says that the run is complete
+        return self.prepared.summary
+
+    def summary(self) -> dict[str, Any]:
+        """What got better, how fast, at which memory."""
+        state = self.trainer.state
+        throughput: dict[str, Any] = {}
+        for name, tokens in state.tokens.items():
+            seconds = {k.partition("/")[2]: v for k, v in state.seconds.items() if k.startswith(name + "/")}
+            throughput[name] = {
+                "completion_tokens": tokens,
+                "seconds": round(sum(seconds.values()), 3),
+                "tok_s": round(tokens / sum(seconds.values()), 1),
+                "seconds_by_phase": {phase: round(s, 3) for phase, s in seconds.items()},
+            }
+        return {
+            "seconds": round(self.trainer.elapsed(), 1),
+            "peak_rss_gib": round(peak_rss_gib(), 2),
+            "heldout": {label: {k: round(v, 5) for k, v in f.items()} for label, f in state.heldout.items()},
+            "throughput": throughput,
+        }

@@ -1,0 +1,39 @@
+"""The phases of a run. A stage says where a step's rollouts come from, how they teach, and what follows an update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from onpolicy.types import Rollout
+    from onpolicy.updates import Update
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """What the trainer needs to know of a stage."""
+
+    name: str  # "warm_start" or "on_policy"
+    steps: int
+    learning_rate: float  # peak
+    updates_per_step: int
+
+
+class Stage(Protocol):
+    """A phase of training. Everything it draws is determined by the seed, the step and its state."""
+
+    settings: StageSettings
+    update: Update
+
+    def begin(self, policy_version: int) -> None:
+        """Called once, before the first of the remaining steps."""
+
+    def rollouts(self, step: int) -> list[Rollout]: ...
+
+    def after_step(self, policy_version: int) -> None:
+        """The student changed: bring a sampler up to date, where the stage has one."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

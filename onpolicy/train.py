@@ -1,0 +1,70 @@
+"""``python -m onpolicy.train``: parse the configuration, check it, run it.
+
+Exit status: 0 success; 2 a user's mistake (one message on stderr); 1 anything else, interruption included.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from onpolicy.config import TrainConfig
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+DESCRIPTION = """On-policy distillation: the student samples, the teacher scores every sampled token, the student
+is updated by reverse KL, the new weights go back to the sampler. Settings come from --config and from options, later
+ones win; --print_config shows the result. Leaves output_dir/name/ with student/, summary.json and report.html."""
+
+
+def make_parser() -> ArgumentParser:
+    """The parser of :class:`~onpolicy.config.TrainConfig`: unknown keys and wrong types are errors."""
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog="python -m onpolicy.train", description=DESCRIPTION)
+    parser.add_argument("--config", action="config", help="YAML file of settings; see configs/.")
+    parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir/name, if there is one.")
+    parser.add_class_arguments(TrainConfig, None)
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """(configuration, resume). Exits with status 2 and a message on a wrong option."""
+    parser = make_parser()
+    namespace = parser.parse_args(arguments)
+    resume = namespace.pop("resume")
+    namespace.pop("config")
+    fields = vars(parser.instantiate(namespace))
+    return TrainConfig(**fields), resume
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    config, resume = parse(arguments)
+    from onpolicy.runtime import ensure_tuned
+
+    ensure_tuned()
+    from onpolicy.run import Interrupted, StoppedRun, execute, prepare
+
+    try:
+        prepared = prepare(config, resume)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    try:
+        summary = execute(prepared)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        return 1
+    except StoppedRun as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(summary)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

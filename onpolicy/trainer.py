@@ -1,0 +1,251 @@
+"""The loop. One step: the student samples, the teacher scores, the update learns, the sampler is brought up to date."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from onpolicy.batching import Batch, pack
+from onpolicy.checkpoint import CheckpointStore
+from onpolicy.metrics import JsonLines, Means, PhaseTimer, Progress, peak_rss_gib, rates
+from onpolicy.optimization import NonFiniteError, Optimization, schedule_scale
+from onpolicy.parity import ParityMeter, processed_as_sampled
+from onpolicy.seeds import derive
+from onpolicy.stages import Stage
+from onpolicy.student import Student
+from onpolicy.teachers import Score, Teacher
+from onpolicy.types import Rollout, SamplingParams
+from onpolicy.updates import loss_share
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from onpolicy.config import TrainConfig
+
+
+@dataclass
+class RunState:
+    """Where a run stands; saved with every checkpoint."""
+
+    stage: int = 0  # index of the stage under way
+    step: int = 0  # steps of it done
+    steps_done: int = 0  # of the whole run
+    policy_version: int = 0  # optimizer updates done
+    completion_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, on-policy stage
+    tokens: dict[str, int] = field(default_factory=dict)  # completion tokens by stage
+    elapsed: float = 0.0  # wall-clock seconds up to the checkpoint, interruptions not counted
+    heldout: dict[str, dict[str, float]] = field(default_factory=dict)  # "start", "after_warm_start", "end"
+
+
+class Trainer:
+    """Runs stages over a student, and can be stopped and continued between any two steps."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        student: Student,
+        teacher: Teacher,
+        accelerator: Accelerator,
+        store: CheckpointStore,
+        progress: Progress,
+    ):
+        self.config, self.student, self.teacher, self.accelerator = config, student, teacher, accelerator
+        self.store, self.progress = store, progress
+        self.optimization = Optimization(student.trainable().values(), config.optim, accelerator)
+        self.state = RunState()
+        self.started = time.perf_counter()
+        self.lines: JsonLines | None = None
+        self.stop_requested: Callable[[], bool] = lambda: False
+
+    def run_stage(self, stage: Stage) -> bool:
+        """All remaining steps of a stage. False when it was asked to stop before the end (a checkpoint is saved)."""
+        settings = stage.settings
+        stage.begin(self.state.policy_version)
+        self.progress.stage(settings.name, settings.steps, self.state.step)
+        while self.state.step < settings.steps:
+            record = self.step(stage)
+            self.record(record)
+            last = self.state.step == settings.steps
+            stopping = self.stop_requested()
+            if stopping or last or self.state.step % self.config.checkpoint.every == 0:
+                self.save(stage)
+            if stopping and not last:
+                return False
+        return True
+
+    def step(self, stage: Stage) -> dict[str, Any]:
+        """Sample, score, update, sync; what to log of it."""
+        state, timer = self.state, PhaseTimer()
+        where = f"{stage.settings.name} step {state.step}"
+        self._seed_step(stage)
+        with timer("rollout"):
+            rollouts = stage.rollouts(state.step)
+        metrics: dict[str, float] = {}
+        parity = ParityMeter()
+        for part, chosen in enumerate(split_by_prompt(rollouts, stage.settings.updates_per_step)):
+            batches = [b.to(self.student.device) for b in self._pack(chosen)]
+            with timer("score"):
+                scored = [(batch, self.teacher.score(batch)) for batch in batches]
+            with timer("update"):
+                rate = self._learning_rate(stage, part)
+                metrics = self._update(stage, chosen, scored, parity if part == 0 else None, rate, where)
+        with timer("sync"):
+            stage.after_step(state.policy_version)
+        return self._finish_step(stage, rollouts, timer, metrics | parity.metrics())
+
+    def _seed_step(self, stage: Stage) -> None:
+        """Every step has random streams of its own, so what ran before it, or in which process, does not matter."""
+        seed = derive(self.config.seed, stage.settings.name, self.state.step)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def _pack(self, rollouts: Sequence[Rollout]) -> list[Batch]:
+        batching = self.config.batching
+        return pack(rollouts, batching.token_budget, share_prompts=batching.share_prompts)
+
+    def _learning_rate(self, stage: Stage, part: int) -> float:
+        optim, per_step = self.config.optim, stage.settings.updates_per_step
+        update, total = self.state.step * per_step + part, stage.settings.steps * per_step
+        scale = schedule_scale(update, total, optim.warmup_steps, optim.schedule, optim.final_scale)
+        return stage.settings.learning_rate * scale
+
+    def _update(
+        self,
+        stage: Stage,
+        rollouts: Sequence[Rollout],
+        scored: Sequence[tuple[Batch, Score]],
+        parity: ParityMeter | None,
+        learning_rate: float,
+        where: str,
+    ) -> dict[str, float]:
+        """One optimizer update from these batches; the sampler's weights are checked before it is applied."""
+        normalize = self.config.optim.normalize
+        denominator = self.optimization.global_sum(sum(loss_share(batch, normalize) for batch, _ in scored))
+        means, total = Means(), 0.0
+        for batch, score in scored:
+            hidden, head = self.student(batch)
+            result = stage.update(batch, hidden, head, score, denominator)
+            self.accelerator.backward(result.loss)
+            total += result.loss.item()
+            reward = result.teacher_logprobs - result.student_logprobs
+            means.add(result.metrics | {"reward": reward}, len(batch.token_ids))
+            if parity is not None:
+                self._compare(parity, batch, rollouts, hidden, head, result.student_logprobs)
+        total = self.optimization.global_sum(total)
+        if not math.isfinite(total):
+            self.optimization.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteError(
+                f"{where}: the loss is {total}; the update was not applied and the last checkpoint is intact. "
+                "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume"
+            )
+        if parity is not None:
+            parity.check(self.config.rollouts.parity_bound, self.state.steps_done)
+        norm = self.optimization.apply(learning_rate, where)
+        self.state.policy_version += 1
+        return {"loss": total, "grad_norm": norm, "learning_rate": learning_rate} | means.result()
+
+    def _compare(
+        self,
+        parity: ParityMeter,
+        batch: Batch,
+        rollouts: Sequence[Rollout],
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        student_logprobs: torch.Tensor,
+    ) -> None:
+        fresh = [r.source == "student" and r.policy_version == self.state.policy_version for r in rollouts]
+        drawn = torch.tensor([fresh[i] for i in batch.indices], device=batch.token_ids.device)[batch.sequence_ids]
+        trainer, sampler = student_logprobs, batch.sampler_logprobs
+        sampling = self.config.sampling
+        if sampling.temperature > 0 and (sampling.top_p < 1 or sampling.top_k > 0):
+            params = SamplingParams(sampling.temperature, sampling.top_p, sampling.top_k)
+            trainer, sampler = processed_as_sampled(batch, hidden, head, params)
+            drawn = drawn[: len(trainer)]
+        parity.add(trainer[drawn], sampler[drawn])
+
+    def _finish_step(
+        self, stage: Stage, rollouts: Sequence[Rollout], timer: PhaseTimer, metrics: dict[str, float]
+    ) -> dict[str, Any]:
+        state, name = self.state, stage.settings.name
+        tokens = sum(len(rollout) for rollout in rollouts)
+        state.step += 1
+        state.steps_done += 1
+        state.completion_tokens += tokens
+        state.tokens[name] = state.tokens.get(name, 0) + tokens
+        for phase, seconds in timer.seconds.items():
+            key = f"{name}/{phase}"
+            state.seconds[key] = state.seconds.get(key, 0.0) + seconds
+        return {
+            "step": state.steps_done, "stage": name, "policy_version": state.policy_version, **metrics,
+            "rollouts": len(rollouts), "completion_tokens": tokens,
+            "truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+            "mean_length": tokens / len(rollouts),
+            "tok_s": rates(timer.seconds, tokens), "seconds": timer.seconds, "peak_rss_gib": peak_rss_gib(),
+        }  # fmt: skip
+
+    def record(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, the trackers, the progress bar."""
+        if not self.accelerator.is_main_process:
+            return
+        if self.lines is not None:
+            self.lines.write(record)
+        flat = {k: v for k, v in record.items() if isinstance(v, int | float)}
+        flat |= {f"tok_s/{phase}": rate for phase, rate in record["tok_s"].items()}
+        self.accelerator.log(flat, step=record["step"])
+        speed = " ".join(f"{phase} {rate:,.0f}" for phase, rate in record["tok_s"].items())
+        self.progress.advance(f"loss {record['loss']:.3f}  tok/s: {speed}")
+
+    def save(self, stage: Stage) -> None:
+        """A checkpoint of everything the next step depends on."""
+        if self.accelerator.is_main_process:
+            run = asdict(self.state) | {"elapsed": self.elapsed()}
+            self.store.save(
+                self.state.steps_done,
+                {
+                    "run": run,
+                    "student": {name: p.detach() for name, p in self.student.trainable().items()},
+                    "optimizer": self.optimization.optimizer.state_dict(),
+                    "stage": stage.state_dict(),
+                    "metrics_lines": self.lines.lines if self.lines else 0,
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def elapsed(self) -> float:
+        """Wall-clock seconds of the run so far, those before a resume included."""
+        return self.state.elapsed + time.perf_counter() - self.started
+
+    @torch.no_grad()
+    def load(self, saved: dict[str, Any]) -> dict[str, Any]:
+        """Take up a checkpoint's weights, optimizer and progress; returns the saved state of its stage."""
+        self.state = RunState(**saved["run"])
+        parameters = self.student.trainable()
+        if parameters.keys() != saved["student"].keys():
+            raise ValueError(
+                "the checkpoint was made with another student (other layers, adapter or frozen parts); resume with the "
+                "configuration in the run's config.yaml"
+            )
+        for name, parameter in parameters.items():
+            parameter.copy_(saved["student"][name])
+        self.optimization.optimizer.load_state_dict(saved["optimizer"])
+        return saved["stage"]
+
+
+def split_by_prompt(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
+    """``parts`` lists of about the same number of rollouts; a prompt's completions stay together."""
+    groups: dict[str, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt.id, []).append(rollout)
+    split: list[list[Rollout]] = [[] for _ in range(min(parts, len(groups)))]
+    for index, group in enumerate(groups.values()):
+        split[index * len(split) // len(groups)].extend(group)
+    return split

@@ -1,0 +1,219 @@
+"""Whole runs on tiny models: real processes, really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from onpolicy.parity import ParityError
+from onpolicy.run import Run, StoppedRun, execute, prepare
+from onpolicy.train import parse
+from tests.conftest import as_options
+
+ENVIRONMENT = {**os.environ, "ONPOLICY_NO_TUNE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def options(settings: dict, directory: Path, name: str = "run", **changes: object) -> list[str]:
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    return as_options({**settings, "name": name, "output_dir": str(directory), **changed})
+
+
+def train(settings: dict, directory: Path, name: str = "run", **changes: object) -> dict:
+    """A run in this process; its summary."""
+    config, resume = parse(options(settings, directory, name, **changes))
+    return json.loads(execute(prepare(config, resume)).read_text())
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "onpolicy.train", *arguments]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def lines(directory: Path, name: str = "run") -> list[dict]:
+    path = directory / name / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def losses(directory: Path, name: str = "run") -> list[tuple]:
+    return [(r["step"], r["stage"], r["loss"], r["grad_norm"], r["completion_tokens"]) for r in lines(directory, name)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_settings, tmp_path_factory) -> Path:
+    """One uninterrupted run, with everything it leaves."""
+    directory = tmp_path_factory.mktemp("finished")
+    train(tiny_settings, directory)
+    return directory
+
+
+def test_a_run_leaves_what_it_promises(finished) -> None:
+    run = finished / "run"
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "student/README.md", "student/config.json"):
+        assert (run / name).exists(), name
+    summary = json.loads((run / "summary.json").read_text())
+    assert set(summary["heldout"]) == {"start", "after_warm_start", "end"}
+    figures = summary["heldout"]["end"]
+    for name in ("reverse_kl", "forward_kl", "acceptance_t1", "acceptance_t0", "agreement", "perplexity"):
+        assert figures[name] >= 0 and figures[name + "_on_student"] >= 0
+    assert 0 < figures["acceptance_t1"] < 1
+    assert summary["throughput"]["on_policy"]["completion_tokens"] == sum(
+        r["completion_tokens"] for r in lines(finished) if r["stage"] == "on_policy"
+    )
+
+
+def test_the_final_student_loads_and_is_the_trained_one(finished, teacher_dir) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    student = AutoModelForCausalLM.from_pretrained(finished / "run" / "student", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
+    assert student.config.num_hidden_layers == 2
+    moved = (student.model.layers[0].mlp.up_proj.weight - teacher.model.layers[0].mlp.up_proj.weight).abs().max()
+    assert moved > 1e-3
+    assert AutoTokenizer.from_pretrained(finished / "run" / "student").chat_template
+
+
+def test_the_resolved_config_reproduces_the_run(finished, tmp_path) -> None:
+    saved = yaml.safe_load((finished / "run" / "config.yaml").read_text())
+    saved["output_dir"] = str(tmp_path)
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(saved))
+    config, resume = parse(["--config", str(tmp_path / "again.yaml")])
+    execute(prepare(config, resume))
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_sampler_and_trainer_agree_in_every_on_policy_step(finished) -> None:
+    steps = [r for r in lines(finished) if r["stage"] == "on_policy"]
+    assert len(steps) == 4 and all(r["sync/logprob_abs_diff"] < 1e-4 for r in steps)
+
+
+@pytest.mark.parametrize("kill_after", [1, 2, 3, 5])
+def test_killed_at_any_moment_and_resumed_gives_the_same_losses(finished, tiny_settings, tmp_path, kill_after) -> None:
+    arguments = options(tiny_settings, tmp_path)
+    process = start(arguments)
+    deadline = time.time() + 120
+    while len(lines(tmp_path)) < kill_after and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert len(lines(tmp_path)) >= kill_after and not (tmp_path / "run" / "summary.json").exists()
+    resumed = start([*arguments, "--resume"])
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert output.strip().endswith("summary.json")
+    assert losses(tmp_path) == losses(finished)
+    ours, theirs = ((d / "run" / "summary.json").read_text() for d in (tmp_path, finished))
+    assert json.loads(ours)["heldout"] == json.loads(theirs)["heldout"]
+
+
+def test_interrupt_saves_and_exits_and_the_run_can_go_on(finished, tiny_settings, tmp_path) -> None:
+    arguments = options(tiny_settings, tmp_path, checkpoint__every=100)
+    process = start(arguments)
+    while len(lines(tmp_path)) < 3 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "--resume" in errors and "Traceback" not in errors
+    resumed = start([*arguments, "--resume"])
+    assert resumed.communicate(timeout=120) and resumed.returncode == 0
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_a_damaged_checkpoint_falls_back_and_still_ends_the_same(finished, tiny_settings, tmp_path) -> None:
+    arguments = options(tiny_settings, tmp_path)
+    process = start(arguments)
+    while len(lines(tmp_path)) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    process.kill()
+    process.communicate()
+    newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))[-1]
+    (newest / "state.pt").write_bytes(b"damaged")
+    resumed = start([*arguments, "--resume"])
+    output, errors = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, errors
+    assert "is damaged" in output
+    assert losses(tmp_path) == losses(finished)
+
+
+def test_a_finished_run_is_not_run_again(finished, tiny_settings) -> None:
+    before = (finished / "run" / "summary.json").stat().st_mtime_ns
+    config, resume = parse([*options(tiny_settings, finished), "--resume"])
+    assert execute(prepare(config, resume)).stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "policy_gradient"},
+        {"algorithm": "policy_gradient", "policy_gradient__discount": 1.0, "policy_gradient__control_variate": False},
+        {"gkd__divergence": "forward_kl", "gkd__lmbda": 0.5},
+        {"student__lora__rank": 4},
+        {"sampling__top_p": 0.8, "sampling__top_k": 50, "sampling__temperature": 0.7},
+        {"optim__updates_per_step": 2, "optim__normalize": "sequence"},
+        {"sampling__temperature": 0.0},
+    ],
+    ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_every_way_to_train_moves_the_student_and_keeps_parity(tiny_settings, tmp_path, changes) -> None:
+    summary = train(tiny_settings, tmp_path, **changes, warm_start__num_prompts=0, steps=3)
+    records = [r for r in lines(tmp_path) if "sync/logprob_abs_diff" in r]
+    assert records and all(r["sync/logprob_abs_diff"] < 1e-3 for r in records)
+    assert summary["heldout"]["start"] != summary["heldout"]["end"]
+
+
+def test_distillation_brings_the_student_closer(tiny_settings, tmp_path) -> None:
+    changes = {"warm_start__num_prompts": 32, "warm_start__epochs": 6, "optim__learning_rate": 3e-3, "steps": 20}
+    heldout = train(tiny_settings, tmp_path, warm_start__learning_rate=3e-3, **changes)["heldout"]
+    assert heldout["after_warm_start"]["forward_kl"] < 0.7 * heldout["start"]["forward_kl"]
+    assert heldout["end"]["reverse_kl_on_student"] < heldout["after_warm_start"]["reverse_kl_on_student"]
+
+
+def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch) -> None:
+    """The fault this guards against: the engine says it took the new weights, and did not."""
+    from onpolicy.rollouts.transformers_sampler import TransformersSampler
+
+    def forgets(self, weights, policy_version):
+        self.policy_version = policy_version
+
+    monkeypatch.setattr(TransformersSampler, "sync", forgets)
+    with pytest.raises(StoppedRun, match="does not have the weights.*rollouts.engine transformers"):
+        train(tiny_settings, tmp_path, optim__learning_rate=0.05, steps=6)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_settings, tmp_path) -> None:
+    config, resume = parse(options(tiny_settings, tmp_path, warm_start__num_prompts=0))
+    prepared = prepare(config, resume)
+    prepared.directory.mkdir(parents=True)
+    with Run(prepared) as run:
+        run._build()
+        stage = run._stages()[0]
+        stage.settings = replace(stage.settings, steps=2)
+        run.trainer.run_stage(stage)
+        good = {name: p.clone() for name, p in run.student.trainable().items()}
+        next(iter(run.student.trainable().values())).data.fill_(float("nan"))
+        stage.settings = replace(stage.settings, steps=3)
+        stage.sampler.sync = lambda *_: None  # type: ignore[attr-defined]
+        with pytest.raises(Exception, match="not finite|loss is nan|gradient is nan|log-prob nan|NaN"):
+            run.trainer.run_stage(stage)
+        saved, _ = run.trainer.store.load_latest()
+    assert saved is not None and all(torch.equal(saved["student"][k], good[k]) for k in good)
+
+
+def test_parity_error_is_raised_before_the_update() -> None:
+    from onpolicy.parity import ParityMeter
+
+    meter = ParityMeter()
+    meter.add(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.5, float("nan")]))
+    assert meter.mean == pytest.approx(0.5) and meter.tokens == 2
+    meter.check(0.5, 1)
+    with pytest.raises(ParityError, match="step 7.*0.500 nats"):
+        meter.check(0.49, 7)
