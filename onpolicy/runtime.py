@@ -10,7 +10,7 @@ What it arranges, and why:
   one torch ships: its parallel regions start sooner, and there are a thousand of them in a decoded batch. Of
   tcmalloc too, where the system has it.
 - As many OpenMP threads as there are physical cores *this process may use*: by affinity and by the container's
-  quota. One thread more than the quota halves the speed.
+  quota. More threads than that wait for each other in every parallel region.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _worthwhile(arguments: list[str]) -> bool:
 
 
 def gpu_present(environment: Mapping[str, str]) -> bool:
-    """Whether there is a GPU that has not been hidden, without importing torch (which takes a second)."""
+    """Whether there is a GPU that has not been hidden, without importing torch (which is slow)."""
     hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     return not hidden and (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists())
 

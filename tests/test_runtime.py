@@ -62,7 +62,7 @@ def test_it_does_not_restart_where_it_should_not(tmp_path: Path) -> None:
 def test_restarting_costs_little(tmp_path: Path) -> None:
     started = time.perf_counter()
     run(tmp_path)
-    assert time.perf_counter() - started < 5  # some 0.1 s on an idle machine; importing torch would be a second or more
+    assert time.perf_counter() - started < 5  # generous for a busy machine; a restart loop would never end
 
 
 def test_what_the_user_has_set_wins() -> None:

