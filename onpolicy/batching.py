@@ -10,7 +10,8 @@ Shape legend: R rows, L positions of a row, N completion tokens of the batch, B 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,9 @@ class Batch:
         return self.input_ids.numel()
 
     def to(self, device: torch.device) -> Batch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(device) for k, v in moved.items() if isinstance(v, torch.Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        return Batch(**values)
 
 
 def pack(rollouts: Sequence[Rollout], token_budget: int, *, share_prompts: bool = True, pad_id: int = 0) -> list[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,18 +22,20 @@ def check_settings(config: TrainConfig) -> None:
     """Values and combinations that cannot work, without touching a file."""
     from onpolicy.losses import names
 
-    positive = {
-        "steps": config.steps + 1, "prompts_per_step": config.prompts_per_step, "sampling.max_tokens": config.sampling.max_tokens,
-        "sampling.samples_per_prompt": config.sampling.samples_per_prompt, "batching.token_budget": config.batching.token_budget,
-        "optim.updates_per_step": config.optim.updates_per_step, "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep, "warm_start.epochs": config.warm_start.epochs,
-        "warm_start.samples_per_prompt": config.warm_start.samples_per_prompt, "warm_start.rollouts_per_step": config.warm_start.rollouts_per_step,
-        "rollouts.max_num_seqs": config.rollouts.max_num_seqs, "rollouts.kv_cache_gib": config.rollouts.kv_cache_gib,
-        "optim.learning_rate": config.optim.learning_rate, "warm_start.learning_rate": config.warm_start.learning_rate,
-    }  # fmt: skip
-    for name, value in positive.items():
+    positive = [
+        "prompts_per_step", "sampling.max_tokens", "sampling.samples_per_prompt", "batching.token_budget",
+        "optim.updates_per_step", "optim.learning_rate", "checkpoint.every", "checkpoint.keep", "rollouts.max_num_seqs",
+        "rollouts.parity_bound", "warm_start.epochs", "warm_start.samples_per_prompt", "warm_start.rollouts_per_step",
+        "warm_start.learning_rate", "evaluation.max_tokens",
+    ]  # fmt: skip
+    for name in positive:
+        value = attrgetter(name)(config)
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
+    for name in ("steps", "warm_start.num_prompts", "evaluation.num_prompts", "student.lora.rank"):
+        value = attrgetter(name)(config)
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
     if config.steps == 0 and config.warm_start.num_prompts == 0:
         raise ValueError("steps: 0 and warm_start.num_prompts: 0 leave nothing to do; set one of them")
     for option, divergence in (("gkd", config.gkd.divergence), ("warm_start", config.warm_start.divergence)):
@@ -145,7 +148,9 @@ def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if changed:
         listed = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in changed[:8])
-        raise ValueError(f"--resume with other settings than the run's config.yaml: {listed}. Restore them, or start a new --name")
+        raise ValueError(
+            f"--resume with other settings than the run's config.yaml: {listed}. Restore them, or start a new --name"
+        )
 
 
 def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -78,8 +78,8 @@ class RolloutsConfig:
     """Precision of the sampler's weights."""
     max_num_seqs: int = 64
     """Sequences decoded together."""
-    kv_cache_gib: float = 0.5
-    """Memory for the sampler's keys and values, GiB."""
+    kv_cache_gib: float | None = None
+    """Memory for vLLM's keys and values, GiB; default: room for max_num_seqs of the longest sequences, at most 4."""
     parity_bound: float = 0.1
     """Stop when the sampler's log-probs of its own tokens differ from the trainer's by more than this, mean nats."""
 

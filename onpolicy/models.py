@@ -32,7 +32,9 @@ def check_model_exists(name: str, option: str) -> None:
         if not (directory / "config.json").exists():
             raise ValueError(f"{option}: '{directory}' holds no config.json; give a Hugging Face checkpoint directory")
     elif directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
-        raise ValueError(f"{option}: no such model directory '{name}'; give a directory, or a hub id of the form owner/name")
+        raise ValueError(
+            f"{option}: no such model directory '{name}'; give a directory, or a hub id of the form owner/name"
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,27 +15,25 @@ import yaml
 
 from onpolicy import checks
 from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, write_json
-from onpolicy.config import TrainConfig
-from onpolicy.evaluate.heldout import heldout_params, summarise, token_statistics
+from onpolicy.evaluate.heldout import HeldOut, heldout_params
 from onpolicy.metrics import JsonLines, Progress, peak_rss_gib
-from onpolicy.models import load_causal_lm, load_tokenizer
+from onpolicy.models import load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
-from onpolicy.prompts import PromptOrder, check_source, end_of_turn_id, load_prompts
+from onpolicy.prepare import Prepared, has_vllm, plain
+from onpolicy.prompts import PromptOrder
 from onpolicy.rollouts.files import load_rollouts, save_rollouts
 from onpolicy.seeds import derive
 from onpolicy.stages import Stage, StageSettings
 from onpolicy.stages.on_policy import OnPolicy
 from onpolicy.stages.warm_start import WarmStart
-from onpolicy.student import Student, build_student
+from onpolicy.student import build_student
 from onpolicy.teachers.local import LocalTeacher
 from onpolicy.trainer import Trainer
-from onpolicy.types import Prompt, Rollout, SamplingParams, Source
+from onpolicy.types import Prompt, SamplingParams, Source
 from onpolicy.updates import divergence_update, loss_temperature, make_update
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from onpolicy.rollouts.base import Sampler
 
 
@@ -47,71 +43,6 @@ class Interrupted(Exception):
 
 class StoppedRun(Exception):
     """Stopped by a fault that is not the user's, with what to do about it."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A checked run: nothing heavy has been loaded yet."""
-
-    config: TrainConfig
-    directory: Path
-    resume: bool
-    tokenizer: PreTrainedTokenizerBase
-    train_prompts: list[Prompt]
-    heldout_prompts: list[Prompt]
-    stop_token_ids: tuple[int, ...]
-
-    @property
-    def summary(self) -> Path:
-        return self.directory / "summary.json"
-
-
-def prepare(config: TrainConfig, resume: bool) -> Prepared:
-    """Find every mistake that can be found before models are loaded. Raises ValueError or FileNotFoundError."""
-    directory = Path(config.output_dir) / config.name
-    checks.check_settings(config)
-    make_update(config)
-    checks.check_directory(directory, resume)
-    saved = directory / "config.yaml"
-    if resume and saved.exists():
-        checks.check_same_config(yaml.safe_load(saved.read_text()), plain(config))
-    check_engine(config)
-    check_source(config.prompts)
-    teacher, student = checks.check_models(config)
-    tokenizer = load_tokenizer(config.teacher.model)
-    if config.student.model is not None and student is not None:
-        own = load_tokenizer(config.student.model)
-        checks.check_vocabularies(tokenizer, own, teacher.vocab_size, student.vocab_size)
-        checks.check_same_rendering(tokenizer, own, config)
-    context = min(c.max_position_embeddings for c in (teacher, student or teacher))
-    limit = context - max(config.sampling.max_tokens, config.evaluation.max_tokens)
-    train, heldout = load_prompts(config.prompts, tokenizer, model_limit=limit)
-    checks.check_completions(config, train)
-    stops = {end_of_turn_id(tokenizer, config.prompts.template), tokenizer.eos_token_id} - {None}
-    return Prepared(config, directory, resume, tokenizer, train, heldout, tuple(sorted(stops)))
-
-
-def check_engine(config: TrainConfig) -> None:
-    if config.rollouts.engine == "vllm" and not has_vllm():
-        raise ValueError(
-            "rollouts.engine: vllm, but vLLM is not installed; run `make setup` (CPU), install `vllm` (GPU), or set "
-            "rollouts.engine: transformers"
-        )
-
-
-def has_vllm() -> bool:
-    return importlib.util.find_spec("vllm") is not None
-
-
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as YAML and JSON know it (tuples become lists)."""
-    return yaml.safe_load(yaml.safe_dump(_lists(asdict(config))))
-
-
-def _lists(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _lists(v) for k, v in value.items()}
-    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def execute(prepared: Prepared) -> Path:
@@ -137,6 +68,7 @@ class Run:
         self.resources = contextlib.ExitStack()
         self.stopping = False
         self.sampler: Sampler | None = None
+        self.saved_stage: dict[str, Any] | None = None  # of the stage a resumed run stands in
 
     def __enter__(self) -> Run:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -154,8 +86,8 @@ class Run:
 
     def execute(self) -> Path:
         config = self.config
-        self._build()
-        stages = self._stages()
+        self.build()
+        stages = self.stages()
         labels = ["after_warm_start", "end"] if len(stages) == 2 else ["end"]
         self._evaluate("start")
         for index, (stage, label) in enumerate(zip(stages, labels, strict=True)):
@@ -172,7 +104,7 @@ class Run:
 
     # -- building
 
-    def _build(self) -> None:
+    def build(self) -> None:
         from accelerate import Accelerator
 
         config = self.config
@@ -207,10 +139,12 @@ class Run:
             self.progress.say(f"continuing after step {self.trainer.state.steps_done}")
 
     def _start_trackers(self) -> None:
-        kwargs = {}
+        kwargs: dict[str, Any] = {}
         if "tensorboard" in self.config.logging.trackers:
             kwargs["tensorboard"] = {"purge_step": self.trainer.state.steps_done + 1}  # drop what a killed run wrote
-        settings = {k: v for k, v in checks.flatten(plain(self.config)).items() if isinstance(v, int | float | str | bool)}
+        settings = {
+            k: v for k, v in checks.flatten(plain(self.config)).items() if isinstance(v, int | float | str | bool)
+        }
         self.accelerator.init_trackers("tracker", config=settings, init_kwargs=kwargs)
         self.resources.callback(self.accelerator.end_training)
 
@@ -221,7 +155,8 @@ class Run:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         tokens = max(self.config.sampling.max_tokens, self.config.evaluation.max_tokens)
         shared: dict[str, Any] = {
-            "dtype": config.dtype, "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs, "source": source
+            "dtype": config.dtype, "source": source,
+            "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs,
         }  # fmt: skip
         if config.engine == "transformers" or not has_vllm():
             from onpolicy.rollouts.transformers_sampler import TransformersSampler
@@ -253,15 +188,28 @@ class Run:
                     self.progress.stage(f"teacher samples: {name}", total)
                     report = lambda tokens: self.progress.advance("tokens, at most", by=tokens)  # noqa: E731
                     save_rollouts(self._samples_file(name), sampler.generate(prompts, params, report))
-        self.teacher_rollouts = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
+        drawn = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
+        self.warm_start_rollouts = drawn.get("warm_start", [])
+        self.heldout = None
+        if self.prepared.heldout_prompts and self.config.evaluation.num_prompts:
+            batching = self.config.batching
+            self.heldout = HeldOut(
+                self._heldout_prompts(),
+                {greedy: self._heldout_params(greedy) for greedy in (False, True)},
+                {False: drawn["sampled"], True: drawn["greedy"]},
+                batching.token_budget,
+                batching.share_prompts,
+            )
+
+    def _heldout_prompts(self) -> list[Prompt]:
+        return self.prepared.heldout_prompts[: self.config.evaluation.num_prompts]
 
     def _samples_file(self, name: str) -> Path:
         return self.directory / "samples" / f"teacher_{name}.jsonl"
 
     def _teacher_jobs(self) -> Iterator[tuple[str, list[Prompt], SamplingParams]]:
         config, warm = self.config, self.config.warm_start
-        heldout = self.prepared.heldout_prompts[: config.evaluation.num_prompts]
-        if heldout:
+        if heldout := self._heldout_prompts():
             yield "sampled", heldout, self._heldout_params(greedy=False)
             yield "greedy", heldout, self._heldout_params(greedy=True)
         if warm.num_prompts:
@@ -282,7 +230,7 @@ class Run:
 
     # -- stages and evaluation
 
-    def _stages(self) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         config = self.config
         temperature, normalize = loss_temperature(config.sampling.temperature), config.optim.normalize
         stages: list[Stage] = []
@@ -291,7 +239,7 @@ class Run:
             update = divergence_update(warm.divergence, temperature, normalize)
             stages.append(
                 WarmStart(
-                    self.teacher_rollouts["warm_start"], update, epochs=warm.epochs,
+                    self.warm_start_rollouts, update, epochs=warm.epochs,
                     rollouts_per_step=warm.rollouts_per_step, learning_rate=warm.learning_rate,
                     seed=config.seed,
                 )
@@ -311,34 +259,23 @@ class Run:
         )  # fmt: skip
 
     def _prompt_order(self) -> PromptOrder:
-        return PromptOrder(self.prepared.train_prompts, derive(self.config.seed, "prompts"), self.config.prompts.shuffle)
+        return PromptOrder(
+            self.prepared.train_prompts, derive(self.config.seed, "prompts"), self.config.prompts.shuffle
+        )
 
     def _evaluate(self, label: str) -> None:
         """Held-out figures under ``label``, unless a resumed run already has them."""
         results = self.trainer.state.heldout
-        prompts = self.prepared.heldout_prompts[: self.config.evaluation.num_prompts]
-        if not prompts or label in results:
+        if self.heldout is None or label in results:
             return
-        self.progress.stage(f"held-out evaluation: {label}", 2)
+        self.progress.stage(f"held-out evaluation: {label}", 1)
         sampler = self._open_student_sampler()
         sampler.sync(self.student.weights(), self.trainer.state.policy_version)
-        own = {greedy: sampler.generate(prompts, self._heldout_params(greedy)) for greedy in (False, True)}
-        theirs = {False: self.teacher_rollouts["sampled"], True: self.teacher_rollouts["greedy"]}
-        figures: dict[str, float] = {}
-        for visited_by, rollouts in (("teacher", theirs), ("student", own)):
-            sampled, greedy = self._statistics(rollouts[False]), self._statistics(rollouts[True])
-            figures |= summarise(sampled, greedy, visited_by)
-            self.progress.advance("")
-        results[label] = figures
+        figures = results[label] = self.heldout.measure(self.student, self.teacher, sampler)
+        self.progress.advance("")
         self.progress.say(
             f"{label}: reverse KL {figures['reverse_kl']:.3f}, acceptance {figures['acceptance_t1']:.3f} (T=1), "
             f"{figures['acceptance_t0']:.3f} (T=0)"
-        )
-
-    def _statistics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        batching = self.config.batching
-        return token_statistics(
-            self.student, self.teacher, rollouts, token_budget=batching.token_budget, share_prompts=batching.share_prompts
         )
 
     # -- the end

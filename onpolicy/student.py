@@ -133,7 +133,9 @@ def _merged_lora(model: nn.Module) -> dict[str, torch.Tensor]:
     return merged
 
 
-def build_student(config: StudentConfig, teacher: PreTrainedModel | None, device: torch.device | str = "cpu") -> Student:
+def build_student(
+    config: StudentConfig, teacher: PreTrainedModel | None, device: torch.device | str = "cpu"
+) -> Student:
     """The student a config describes. ``teacher`` is needed only when it is pruned from the teacher."""
     if config.model is not None:
         model: nn.Module = load_causal_lm(config.model, torch.float32)

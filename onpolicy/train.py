@@ -47,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from onpolicy.runtime import ensure_tuned
 
     ensure_tuned()
-    from onpolicy.run import Interrupted, StoppedRun, execute, prepare
+    from onpolicy.prepare import prepare
+    from onpolicy.run import Interrupted, StoppedRun, execute
 
     try:
         prepared = prepare(config, resume)

@@ -57,7 +57,9 @@ class Rollout:
 
     prompt: Prompt
     completion_ids: np.ndarray  # [L] int64, the stop token included when finish_reason is "stop"
-    logprobs: np.ndarray  # [L] float32, the sampler's own, of the *processed* distribution, nats; NaN for text no sampler drew
+    logprobs: (
+        np.ndarray
+    )  # [L] float32, the sampler's own, of the *processed* distribution, nats; NaN for text no sampler drew
     finish_reason: FinishReason
     policy_version: int  # updates the drawing policy had seen
     sample_index: int = 0  # which of the prompt's n samples
@@ -65,4 +67,3 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self.completion_ids)
-

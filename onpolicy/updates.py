@@ -101,7 +101,9 @@ def policy_gradient_update(config: PolicyGradientConfig, temperature: float, nor
 
 @torch.no_grad()
 def _reverse_kl(hidden: torch.Tensor, head: torch.Tensor, score: Score, temperature: float) -> torch.Tensor:
-    metrics = chunked("reverse_kl", hidden.detach(), head.detach(), score.hidden, score.head, temperature=temperature)[1]
+    metrics = chunked("reverse_kl", hidden.detach(), head.detach(), score.hidden, score.head, temperature=temperature)[
+        1
+    ]
     return metrics["per_token"]
 
 

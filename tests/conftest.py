@@ -38,7 +38,9 @@ def make_tokenizer(vocab_size: int = 384):
     return fast
 
 
-def make_model(path: Path, tokenizer, *, layers: int = 4, rows: int | None = None, seed: int = 0, tied: bool = True) -> Path:
+def make_model(
+    path: Path, tokenizer, *, layers: int = 4, rows: int | None = None, seed: int = 0, tied: bool = True
+) -> Path:
     """A random Llama that is sure enough of itself for divergences to be far from zero."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

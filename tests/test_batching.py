@@ -23,7 +23,7 @@ def rollout_lists(draw) -> list[Rollout]:
     token = st.integers(0, 383)
     result = []
     for p in range(draw(st.integers(1, 4))):
-        prompt = Prompt(str(p), tuple(draw(st.lists(token, min_size=1, max_size=9))) + (p,))
+        prompt = Prompt(str(p), (*draw(st.lists(token, min_size=1, max_size=9)), p))
         for n in range(draw(st.integers(1, 3))):
             result.append(rollout(prompt, draw(st.lists(token, min_size=1, max_size=7)), n))
     return draw(st.permutations(result))

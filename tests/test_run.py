@@ -16,7 +16,8 @@ import torch
 import yaml
 
 from onpolicy.parity import ParityError
-from onpolicy.run import Run, StoppedRun, execute, prepare
+from onpolicy.prepare import prepare
+from onpolicy.run import Run, StoppedRun, execute
 from onpolicy.train import parse
 from tests.conftest import as_options
 
@@ -58,7 +59,14 @@ def finished(tiny_settings, tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_promises(finished) -> None:
     run = finished / "run"
-    for name in ("config.yaml", "metrics.jsonl", "summary.json", "report.html", "student/README.md", "student/config.json"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "summary.json",
+        "report.html",
+        "student/README.md",
+        "student/config.json",
+    ):
         assert (run / name).exists(), name
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["heldout"]) == {"start", "after_warm_start", "end"}
@@ -194,8 +202,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_sett
     prepared = prepare(config, resume)
     prepared.directory.mkdir(parents=True)
     with Run(prepared) as run:
-        run._build()
-        stage = run._stages()[0]
+        run.build()
+        stage = run.stages()[0]
         stage.settings = replace(stage.settings, steps=2)
         run.trainer.run_stage(stage)
         good = {name: p.clone() for name, p in run.student.trainable().items()}

@@ -41,7 +41,9 @@ def test_evenly_spaced_keeps_first_and_last(count, of, expected) -> None:
     assert evenly_spaced(count, of) == expected
 
 
-@pytest.mark.parametrize(("layers", "message"), [([0, 4], "out of range"), ([2, 1], "ascending"), ([1, 1], "distinct"), ([], "distinct")])
+@pytest.mark.parametrize(
+    ("layers", "message"), [([0, 4], "out of range"), ([2, 1], "ascending"), ([1, 1], "distinct"), ([], "distinct")]
+)
 def test_bad_layers_are_named(layers, message) -> None:
     with pytest.raises(ValueError, match=message):
         check_layers(layers, 4)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +16,38 @@ from onpolicy.batching import pack
 from onpolicy.losses import iter_logprobs
 from onpolicy.student import Student
 from onpolicy.teachers import Teacher
-from onpolicy.types import Rollout, SamplingParams
+from onpolicy.types import Prompt, Rollout, SamplingParams
 from spec.stats import expected_acceptance_from_logprobs
 
+if TYPE_CHECKING:
+    from onpolicy.rollouts.base import Sampler
+
 METRICS = ("reverse_kl", "forward_kl", "acceptance_t1", "acceptance_t0", "agreement", "perplexity")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out prompts, with what the teacher makes of them: drawn once, compared with every time."""
+
+    prompts: list[Prompt]
+    params: dict[bool, SamplingParams]  # by greedy
+    teacher_rollouts: dict[bool, list[Rollout]]  # by greedy
+    token_budget: int
+    share_prompts: bool
+
+    def measure(self, student: Student, teacher: Teacher, sampler: Sampler) -> dict[str, float]:
+        """The summary's figures of the student as it is now; the sampler must have its weights."""
+        own = {greedy: sampler.generate(self.prompts, params) for greedy, params in self.params.items()}
+        figures: dict[str, float] = {}
+        for visited_by, rollouts in (("teacher", self.teacher_rollouts), ("student", own)):
+            sampled, greedy = (
+                token_statistics(
+                    student, teacher, rollouts[key], token_budget=self.token_budget, share_prompts=self.share_prompts
+                )
+                for key in (False, True)
+            )
+            figures |= summarise(sampled, greedy, visited_by)
+        return figures
 
 
 def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tuple[int, ...]) -> SamplingParams:
@@ -28,7 +58,12 @@ def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tup
 
 @torch.no_grad()
 def token_statistics(
-    student: Student, teacher: Teacher, rollouts: Sequence[Rollout], *, token_budget: int = 2048, share_prompts: bool = True
+    student: Student,
+    teacher: Teacher,
+    rollouts: Sequence[Rollout],
+    *,
+    token_budget: int = 2048,
+    share_prompts: bool = True,
 ) -> dict[str, float]:
     """Means over all completion tokens of the rollouts, at temperature 1, nats.
 

@@ -126,9 +126,7 @@ def brute_force(tree: Tree, drawn_from: Tensor, logits: Tensor, coefficient: Cal
     return score_gradient(torch.tensor(total, dtype=logits.dtype), logits)
 
 
-def expected_shares(
-    tree: Tree, logits: Tensor, values: Tensor, share: Callable[[list[float]], list[float]]
-) -> Tensor:
+def expected_shares(tree: Tree, logits: Tensor, values: Tensor, share: Callable[[list[float]], list[float]]) -> Tensor:
     """[P, V] Σ over all batches of two sequences of what ``share`` makes of the batch's ``values`` [P, V]."""
     total = [[0.0] * tree.vocabulary for _ in tree.prefixes]
     probabilities, given, walks = logits.softmax(-1).tolist(), values.tolist(), tree.walks()

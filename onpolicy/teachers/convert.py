@@ -21,7 +21,7 @@ def cache_root() -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """A directory or hub id that ``from_pretrained`` takes; the default teacher is converted when it is not yet there."""
+    """A directory or hub id that ``from_pretrained`` takes; the default teacher is converted when it is missing."""
     return str(default_teacher()) if name == DEFAULT_TEACHER else name
 
 
