@@ -24,7 +24,7 @@ def make_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m onpolicy.train", description=DESCRIPTION)
+    parser = ArgumentParser(prog="python -m onpolicy.train", description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; see configs/.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir/name, if there is one.")
     parser.add_class_arguments(TrainConfig, None)

@@ -1,0 +1,140 @@
+"""Users' mistakes: a clear message with the remedy, exit status 2, before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from onpolicy import models
+from onpolicy.prepare import prepare
+from onpolicy.train import main, parse
+from tests.conftest import as_options, make_model, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def no_model_is_loaded(monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded before the mistake was found")
+
+    monkeypatch.setattr(models, "load_causal_lm", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("ONPOLICY_NO_TUNE", "1")
+
+
+def mistake(settings: dict, **changes: object) -> str:
+    """The message of the error that preparing such a run raises."""
+    changed = {key.replace("__", "."): value for key, value in changes.items()}
+    config, resume = parse(as_options({**settings, **changed}))
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        prepare(config, resume)
+    return str(error.value)
+
+
+@pytest.fixture
+def settings(tiny_settings, tmp_path) -> dict:
+    return {**tiny_settings, "output_dir": str(tmp_path)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teacher__model": "/no/such/model"}, ["teacher.model", "/no/such/model"]),
+        ({"student__model": "./missing"}, ["student.model", "./missing"]),
+        ({"student__layers": "[0,4]"}, ["student.layers: 4", "layers 0 to 3"]),
+        ({"student__num_layers": 9}, ["student.num_layers", "4 layers"]),
+        ({"prompts__source": "/no/such/data.jsonl"}, ["/no/such/data.jsonl"]),
+        ({"prompts__max_prompt_tokens": 5}, ["5", "max_prompt_tokens"]),
+        ({"sampling__max_tokens": 500}, ["12 are allowed", "shorten the completions"]),
+        ({"gkd__divergence": "revers_kl"}, ["gkd.divergence", "revers_kl", "reverse_kl"]),
+        ({"gkd__beta": 1.5}, ["gkd.beta"]),
+        ({"steps": 0, "warm_start__num_prompts": 0}, ["nothing to do"]),
+        ({"batching__token_budget": 0}, ["batching.token_budget must be positive"]),
+        ({"evaluation__num_prompts": 99}, ["prompts.heldout_size"]),
+        ({"algorithm": "policy_gradient", "sampling__temperature": 0.0}, ["sampling.temperature above 0"]),
+        ({"policy_gradient__ratio_cap": -1, "algorithm": "policy_gradient"}, ["ratio_cap"]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_the_message_names_the_mistake(settings, changes, said) -> None:
+    message = mistake(settings, **changes)
+    for words in said:
+        assert words in message
+
+
+def test_exit_status_is_2_with_one_message_and_no_traceback(settings, capsys) -> None:
+    assert main(as_options({**settings, "teacher.model": "/no/such/model"})) == 2
+    errors = capsys.readouterr().err
+    assert "error: teacher.model" in errors and "Traceback" not in errors
+
+
+def test_a_directory_that_holds_a_run_is_refused_unless_resumed(settings, tmp_path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    assert "--resume" in mistake(settings)
+    config, _ = parse(as_options(settings))
+    assert prepare(config, resume=True).directory == tmp_path / "run"
+
+
+def test_resuming_with_other_settings_names_them(settings, tmp_path) -> None:
+    config, _ = parse(as_options(settings))
+    from onpolicy.prepare import plain
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(json.dumps(plain(config)))
+    assert prepare(config, resume=True)
+    other, _ = parse(as_options({**settings, "optim.learning_rate": 0.5, "checkpoint.every": 7}))
+    with pytest.raises(ValueError, match="optim.learning_rate: 0.001 then, 0.5 now") as error:
+        prepare(other, resume=True)
+    assert "checkpoint" not in str(error.value)
+
+
+def test_an_empty_dataset_is_named(settings, tmp_path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    assert "empty.jsonl" in mistake(settings, prompts__source=str(tmp_path / "empty.jsonl"))
+
+
+def test_a_missing_chat_template_names_both_remedies(settings, teacher_dir, tmp_path) -> None:
+    shutil.copytree(teacher_dir, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").unlink()
+    message = mistake(settings, teacher__model=str(tmp_path / "base"))
+    assert "prompts.chat_template" in message and "plain" in message
+
+
+def test_another_tokenizer_is_refused(settings, tmp_path) -> None:
+    make_model(tmp_path / "other", make_tokenizer(300))
+    message = mistake(settings, student__model=str(tmp_path / "other"))
+    assert "different tokenizers" in message and "leave student.model unset" in message
+
+
+def test_another_chat_template_is_refused(settings, tokenizer, tmp_path) -> None:
+    make_model(tmp_path / "other", tokenizer)
+    (tmp_path / "other" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert "different chat templates" in mistake(settings, student__model=str(tmp_path / "other"))
+
+
+def test_padded_vocabularies_are_not_refused(settings, tokenizer, tmp_path) -> None:
+    make_model(tmp_path / "padded", tokenizer, layers=2, rows=len(tokenizer) + 64)
+    config, _ = parse(as_options({**settings, "student.model": str(tmp_path / "padded")}))
+    assert prepare(config, resume=False).train_prompts
+
+
+def test_a_vocabulary_without_a_row_for_every_token_is_refused(settings, tokenizer, tmp_path) -> None:
+    make_model(tmp_path / "short", tokenizer, layers=2, rows=len(tokenizer) - 8)
+    assert "a row for every token" in mistake(settings, student__model=str(tmp_path / "short"))
+
+
+def test_dataset_completions_are_needed_where_they_are_used(settings, tmp_path) -> None:
+    rows = [json.dumps({"prompt": f"How much is {i} and {i}?"}) for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    message = mistake(settings, prompts__source=str(tmp_path / "d.jsonl"), gkd__lmbda=0.5)
+    assert "prompts.completion_column" in message and "gkd.lmbda" in message
+
+
+def test_a_full_disk_is_foreseen(tmp_path) -> None:
+    from onpolicy.checks import check_disk
+
+    check_disk(tmp_path / "run", 1)
+    with pytest.raises(ValueError, match="checkpoint.keep"):
+        check_disk(tmp_path / "run" / "deep", 1 << 60)
