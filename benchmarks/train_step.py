@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -54,7 +54,8 @@ def write_prompts(path: Path, count: int, repeat: int) -> None:
 
     from onpolicy.prompts import word_problems
 
-    rows = [json.dumps({"messages": [{"role": "user", "content": p.question}]}) for p in islice(word_problems(0), count)]
+    questions = [problem.question for problem in islice(word_problems(0), count)]
+    rows = [json.dumps({"messages": [{"role": "user", "content": question}]}) for question in questions]
     path.write_text("".join((row + "\n") * repeat for row in rows))
 
 
@@ -69,8 +70,9 @@ def measure_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         [
             "--name=ours", f"--output_dir={directory}", f"--student.model={directory / 'student'}",
             f"--prompts.source={directory / 'ours.jsonl'}", "--prompts.heldout_size=0", "--evaluation.num_prompts=0",
-            f"--sampling.max_tokens={args.completion_length}", f"--sampling.samples_per_prompt={args.samples_per_prompt}",
-            f"--prompts_per_step={prompts_per_step}", f"--steps={args.steps + 1}", "--logging.trackers=[]",
+            f"--sampling.max_tokens={args.completion_length}", f"--prompts_per_step={prompts_per_step}",
+            f"--sampling.samples_per_prompt={args.samples_per_prompt}", f"--steps={args.steps + 1}",
+            "--logging.trackers=[]",
             "--logging.progress=false", "--optim.warmup_steps=0", "--prompts.shuffle=false",
         ]
     )  # fmt: skip
@@ -111,7 +113,8 @@ def main() -> None:
         write_prompts(directory / "trl.jsonl", prompts, args.samples_per_prompt)
         from onpolicy.teachers.convert import default_teacher
 
-        passed = [x for x in sys.argv[1:] if not x.startswith("--json")]
+        numbers = ("rollouts", "samples_per_prompt", "completion_length", "layers", "steps")
+        passed = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in numbers]
         for repeat in range(args.repeat):
             ours.append(in_subprocess(["-m", "benchmarks.train_step", *passed, "--ours", scratch], env=environment()))
             theirs.append(
@@ -126,10 +129,7 @@ def main() -> None:
                 )
             )  # fmt: skip
             print(f"pair {repeat + 1}: ours {ours[-1]['step_s']:.2f} s, TRL {theirs[-1]['step_s']:.2f} s", flush=True)
-            for leftover in (directory / "ours",):
-                import shutil
-
-                shutil.rmtree(leftover, ignore_errors=True)
+            shutil.rmtree(directory / "ours")
     report(args, tokens, ours, theirs)
 
 

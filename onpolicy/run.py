@@ -122,7 +122,7 @@ class Run:
         trained = sum(p.numel() for p in self.student.trainable().values())
         checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
         store = CheckpointStore(self.directory / "checkpoints", config.checkpoint.keep)
-        self.trainer = Trainer(config, self.student, self.teacher, self.accelerator, store, self.progress)
+        self.trainer = Trainer(config, self.student, self.accelerator, store, self.progress)
         self.trainer.started = self.started
         self.trainer.stop_requested = lambda: self.stopping
         self._load_checkpoint(store)
@@ -236,12 +236,14 @@ class Run:
         stages: list[Stage] = []
         if config.warm_start.num_prompts:
             warm = config.warm_start
-            update = divergence_update(warm.divergence, temperature, normalize)
+            rollouts = self.warm_start_rollouts
             stages.append(
                 WarmStart(
-                    self.warm_start_rollouts, update, epochs=warm.epochs,
-                    rollouts_per_step=warm.rollouts_per_step, learning_rate=warm.learning_rate,
-                    seed=config.seed,
+                    rollouts, self.teacher, divergence_update(warm.divergence, temperature, normalize),
+                    token_budget=config.batching.token_budget, share_prompts=config.batching.share_prompts,
+                    progress=lambda tokens: self.progress.advance("tokens scored", by=tokens),
+                    epochs=warm.epochs, rollouts_per_step=warm.rollouts_per_step,
+                    learning_rate=warm.learning_rate, seed=config.seed,
                 )
             )  # fmt: skip
         if config.steps:
@@ -252,7 +254,7 @@ class Run:
         config = self.config
         settings = StageSettings("on_policy", config.steps, config.optim.learning_rate, config.optim.updates_per_step)
         return OnPolicy(
-            self.student, self._open_student_sampler, self._prompt_order(),
+            self.student, self.teacher, self._open_student_sampler, self._prompt_order(),
             self._sampling_params(config.sampling.samples_per_prompt, "student"), make_update(config), settings,
             prompts_per_step=config.prompts_per_step, lmbda=config.gkd.lmbda if config.algorithm == "gkd" else 1.0,
             seed=config.seed,

@@ -20,7 +20,7 @@ from onpolicy.parity import ParityMeter, processed_as_sampled
 from onpolicy.seeds import derive
 from onpolicy.stages import Stage
 from onpolicy.student import Student
-from onpolicy.teachers import Score, Teacher
+from onpolicy.teachers import Score
 from onpolicy.types import Rollout, SamplingParams
 from onpolicy.updates import loss_share
 
@@ -52,12 +52,11 @@ class Trainer:
         self,
         config: TrainConfig,
         student: Student,
-        teacher: Teacher,
         accelerator: Accelerator,
         store: CheckpointStore,
         progress: Progress,
     ):
-        self.config, self.student, self.teacher, self.accelerator = config, student, teacher, accelerator
+        self.config, self.student, self.accelerator = config, student, accelerator
         self.store, self.progress = store, progress
         self.optimization = Optimization(student.trainable().values(), config.optim, accelerator)
         self.state = RunState()
@@ -68,7 +67,9 @@ class Trainer:
     def run_stage(self, stage: Stage) -> bool:
         """All remaining steps of a stage. False when it was asked to stop before the end (a checkpoint is saved)."""
         settings = stage.settings
-        stage.begin(self.state.policy_version)
+        if self.state.step < settings.steps:
+            self.progress.stage(f"{settings.name}: preparing", 0)
+            stage.begin(self.state.policy_version)
         self.progress.stage(settings.name, settings.steps, self.state.step)
         while self.state.step < settings.steps:
             record = self.step(stage)
@@ -93,7 +94,7 @@ class Trainer:
         for part, chosen in enumerate(split_by_prompt(rollouts, stage.settings.updates_per_step)):
             batches = [b.to(self.student.device) for b in self._pack(chosen)]
             with timer("score"):
-                scored = [(batch, self.teacher.score(batch)) for batch in batches]
+                scored = [(batch, stage.score(batch, chosen)) for batch in batches]
             with timer("update"):
                 rate = self._learning_rate(stage, part)
                 metrics = self._update(stage, chosen, scored, parity if part == 0 else None, rate, where)

@@ -87,6 +87,9 @@ def test_help_explains_every_option() -> None:
 
 
 def test_nothing_heavy_is_imported_before_the_options_are_checked() -> None:
-    code = "import sys; import onpolicy.train as t; t.parse([]); print([m for m in ('torch', 'vllm', 'trl') if m in sys.modules])"
+    code = (
+        "import sys; import onpolicy.train as t; t.parse([]); "
+        "print([m for m in ('torch', 'vllm', 'trl') if m in sys.modules])"
+    )
     result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "[]"

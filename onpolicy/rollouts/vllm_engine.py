@@ -34,6 +34,7 @@ _HARMLESS = {
         "RotaryEmbedding: Failed to load weights",
         "ParallelLMHead: Failed to load weights",
     ),
+    "vllm.utils.torch_utils": ("leaving Torch threads at",),  # wanted: the trainer uses them all
     "vllm.renderers.base": ("Using None for EOS token id",),
     "torch._library.triton": ("Triton not available",),
 }

@@ -18,9 +18,11 @@ def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], rep
 
     The caller resets the prefix cache. ``repair_tied_head=False`` leaves the fault in, for the test that shows it.
     """
-    tied = runner.get_model().config.tie_word_embeddings
+    model = runner.get_model()
+    dtype, tied = next(model.parameters()).dtype, model.config.tie_word_embeddings
     # A tied head appears in state_dict() under both names; vLLM takes the embedding's.
-    runner.reload_weights(weights_iterator=((k, v) for k, v in weights if not (tied and k == "lm_head.weight")))
+    chosen = ((name, value.to(dtype)) for name, value in weights if not (tied and name == "lm_head.weight"))
+    runner.reload_weights(weights_iterator=chosen)
     if repair_tied_head:
         repack_tied_head(runner.get_model())
 

@@ -1,4 +1,4 @@
-"""The phases of a run. A stage says where a step's rollouts come from, how they teach, and what follows an update."""
+"""The phases of a run. A stage says where a step's rollouts come from, who scores them and how they teach."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from onpolicy.batching import Batch
+    from onpolicy.teachers import Score
     from onpolicy.types import Rollout
     from onpolicy.updates import Update
 
@@ -30,6 +34,9 @@ class Stage(Protocol):
         """Called once, before the first of the remaining steps."""
 
     def rollouts(self, step: int) -> list[Rollout]: ...
+
+    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Score:
+        """What the teacher says of a batch that was packed from ``rollouts``."""
 
     def after_step(self, policy_version: int) -> None:
         """The student changed: bring a sampler up to date, where the stage has one."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from onpolicy.batching import text_rollout
+from onpolicy.batching import Batch, text_rollout
 from onpolicy.prompts import PromptOrder
 from onpolicy.rollouts.base import Sampler
 from onpolicy.seeds import derive
 from onpolicy.stages import StageSettings
 from onpolicy.student import Student
+from onpolicy.teachers import Score, Teacher
 from onpolicy.types import Prompt, Rollout, SamplingParams
 from onpolicy.updates import Update
 
@@ -26,6 +27,7 @@ class OnPolicy:
     def __init__(
         self,
         student: Student,
+        teacher: Teacher,
         open_sampler: Callable[[], Sampler],
         order: PromptOrder,
         params: SamplingParams,
@@ -36,7 +38,7 @@ class OnPolicy:
         lmbda: float,
         seed: int,
     ):
-        self.student, self.order, self.params = student, order, params
+        self.student, self.teacher, self.order, self.params = student, teacher, order, params
         self._open_sampler = open_sampler
         self.update, self.settings = update, settings
         self.prompts_per_step, self.lmbda, self.seed = prompts_per_step, lmbda, seed
@@ -60,6 +62,9 @@ class OnPolicy:
                 texts.append(text_rollout(prompt, kept, self.sampler.policy_version))
         params = replace(self.params, seed=derive(self.seed, "rollouts", step))
         return (self.sampler.generate(sampled, params) if sampled else []) + texts
+
+    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Score:
+        return self.teacher.score(batch)
 
     def after_step(self, policy_version: int) -> None:
         self.sampler.sync(self.student.weights(), policy_version)

@@ -1,0 +1,350 @@
+"""numba kernels of :mod:`onpolicy.losses._fused`. Imported there, at the first use.
+
+Masked entries: -inf logits become the most negative number, so that 0 log 0 is 0 without a branch; a value that
+this made astronomic instead of infinite is set to +inf at the end. NaN propagates. Sums run over blocks in float32
+and over the row in float64.
+
+One file on purpose: numba's disk cache notices a change of the file a kernel is in, not of what it calls elsewhere.
+Reductions loop over slices, because indices that start anywhere but at 0 keep the compiler from vectorising.
+
+Shape legend: Z, T one row [V] of student's and teacher's logits, minus their maximum and divided by the temperature;
+A, B their exponentials; z, t, a, b one block of each.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+f32: Any = np.float32  # Any: numba gives these their types, not the annotations
+i32: Any = np.int32
+_BLOCK = 2048
+_LOWEST = f32(-3e38)
+_INFINITE = 1e30  # no divergence of finite logits is as large
+_TINY = f32(1.2e-38)
+# No "ninf" or "nnan": masked logits are infinite, and NaN has to reach the caller.
+_MATH = {"reassoc", "contract", "arcp", "nsz"}
+_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH)
+_inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
+
+
+@_inline
+def _exp(x: Any) -> Any:
+    """exp for x <= 0, relative error about 1e-7 (Cephes' polynomial); 0 below -87."""
+    y = x if not x < f32(-87.0) else f32(-87.0)
+    n = np.floor(y * f32(1.44269504) + f32(0.5))
+    r = y - n * f32(0.693359375) + n * f32(2.12194440e-4)
+    s = f32(1.9875691500e-4)
+    s = s * r + f32(1.3981999507e-3)
+    s = s * r + f32(8.3334519073e-3)
+    s = s * r + f32(4.1665795894e-2)
+    s = s * r + f32(1.6666665459e-1)
+    s = s * r + f32(5.0000001201e-1)
+    s = s * r * r + r + f32(1.0)
+    power = i32((i32(n) + i32(127)) << i32(23)).view(f32)
+    return f32(0.0) if x < f32(-87.0) else s * power
+
+
+@_inline
+def _log(x: Any) -> Any:
+    """log for normal x > 0, relative error about 1e-7 (Cephes' polynomial)."""
+    bits = f32(x).view(i32)
+    # Mantissa in [sqrt(1/2), sqrt(2)): shifting the exponent's border there keeps log(x) exact near x = 1.
+    shifted = bits - i32(0x3F3504F3)
+    e = f32(shifted >> i32(23))
+    r = i32((shifted & i32(0x007FFFFF)) + i32(0x3F3504F3)).view(f32) - f32(1.0)
+    s = f32(7.0376836292e-2)
+    s = s * r + f32(-1.1514610310e-1)
+    s = s * r + f32(1.1676998740e-1)
+    s = s * r + f32(-1.2420140846e-1)
+    s = s * r + f32(1.4249322787e-1)
+    s = s * r + f32(-1.6668057665e-1)
+    s = s * r + f32(2.0000714765e-1)
+    s = s * r + f32(-2.4999993993e-1)
+    s = s * r + f32(3.3333331174e-1)
+    square = r * r
+    return r + (s * r * square - f32(2.12194440e-4) * e - f32(0.5) * square) + f32(0.693359375) * e
+
+
+@_jit
+def _maximum(x: Any) -> Any:
+    """Row maximum, NaN if there is one. Taken over integers ordered like the floats, which vectorises without flags."""
+    words = x.view(i32)
+    top = i32(-(2**31) + 1)
+    for i in range(words.size):
+        w = words[i]
+        w = w ^ ((w >> i32(31)) & i32(0x7FFFFFFF))
+        top = max(top, w)
+    return i32(top ^ ((top >> i32(31)) & i32(0x7FFFFFFF))).view(f32)
+
+
+@_jit
+def _scaled(x: Any, top: Any, inverse: Any) -> None:
+    """x := (x - top) / T, -inf replaced."""
+    for i in range(x.size):
+        y = (x[i] - top) * inverse
+        x[i] = _LOWEST if y < _LOWEST else y
+
+
+@_jit
+def _exponentials(X: Any, OUT: Any) -> float:
+    """out = exp(x); its sum."""
+    total = 0.0
+    for start in range(0, X.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        x, out = X[block], OUT[block]
+        part = f32(0.0)
+        for i in range(x.size):
+            e = _exp(x[i])
+            out[i] = e
+            part += e
+        total += part
+    return total
+
+
+@_jit
+def _weighted(W: Any, X: Any) -> float:
+    """sum w x."""
+    total = 0.0
+    for start in range(0, X.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        w, x = W[block], X[block]
+        part = f32(0.0)
+        for i in range(x.size):
+            part += w[i] * x[i]
+        total += part
+    return total
+
+
+@_jit
+def _forward_kl(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, shift: Any) -> float:
+    """sum q (lq - lp); z := p - q. p1, q1: 1 / sums; shift: log-sum of student minus teacher."""
+    total = 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a, b = Z[block], T[block], A[block], B[block]
+        part = f32(0.0)
+        for i in range(z.size):
+            q = b[i] * q1
+            part += q * (t[i] - z[i] + shift)
+            z[i] = a[i] * p1 - q
+        total += part
+    return total
+
+
+@_jit
+def _reverse_kl(Z: Any, T: Any, A: Any, p1: Any, shift: Any, differentiate: bool) -> float:
+    """sum p (lp - lq); z := p (lp - lq - value)."""
+    total = 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a = Z[block], T[block], A[block]
+        part = f32(0.0)
+        for i in range(z.size):
+            part += a[i] * p1 * (z[i] - t[i] - shift)
+        total += part
+    if differentiate:
+        offset = f32(shift + total)
+        for i in range(Z.size):
+            Z[i] = A[i] * p1 * (Z[i] - T[i] - offset)
+    return total
+
+
+@_jit
+def _jsd(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, ls: Any, lt: Any, beta: Any) -> tuple[float, float]:
+    """beta KL(q || m) and KL(p || m); z := log(p / m)."""
+    rest = f32(1.0) - beta
+    teacher, student = 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a, b = Z[block], T[block], A[block], B[block]
+        part_t, part_s = f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p, q = a[i] * p1, b[i] * q1
+            m = beta * q + rest * p
+            lm = _log(m if not m < _TINY else _TINY)
+            part_t += q * (t[i] - lt - lm)
+            r = z[i] - ls - lm
+            part_s += p * r
+            z[i] = r
+        teacher += part_t
+        student += part_s
+    return beta * teacher, student
+
+
+@_jit
+def _total_variation(Z: Any, A: Any, B: Any, p1: Any, q1: Any) -> tuple[float, float]:
+    """1/2 sum |p - q| and sum p sign(p - q); z := sign(p - q)."""
+    total, signed = 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, a, b = Z[block], A[block], B[block]
+        part, part_s = f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p = a[i] * p1
+            d = p - b[i] * q1
+            s = f32(1.0) if d > 0 else (f32(-1.0) if d < 0 else f32(0.0))
+            part += d * s if d == d else d
+            part_s += p * s
+            z[i] = s
+        total += part
+        signed += part_s
+    return 0.5 * total, signed
+
+
+@_jit
+def _skew_forward(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, lt: Any, skew: Any) -> tuple[float, float]:
+    """KL(q || m), m = skew q + (1 - skew) p, and sum of the scores; z := score / p."""
+    rest = f32(1.0) - skew
+    total, scores = 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a, b = Z[block], T[block], A[block], B[block]
+        part, part_s = f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p, q = a[i] * p1, b[i] * q1
+            m = skew * q + rest * p
+            m = m if not m < _TINY else _TINY
+            part += q * (t[i] - lt - _log(m))
+            g = -rest * q / m
+            part_s += p * g
+            z[i] = g
+        total += part
+        scores += part_s
+    return total, scores
+
+
+@_jit
+def _skew_reverse(Z: Any, A: Any, B: Any, p1: Any, q1: Any, ls: Any, skew: Any) -> tuple[float, float]:
+    """KL(p || m), m = skew p + (1 - skew) q, and sum of the scores; z := score / p."""
+    rest = f32(1.0) - skew
+    total, scores = 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, a, b = Z[block], A[block], B[block]
+        part, part_s = f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p, q = a[i] * p1, b[i] * q1
+            m = skew * p + rest * q
+            m = m if not m < _TINY else _TINY
+            gap = z[i] - ls - _log(m)
+            part += p * gap
+            g = gap + f32(1.0) - skew * p / m
+            part_s += p * g
+            z[i] = g
+        total += part
+        scores += part_s
+    return total, scores
+
+
+@_jit
+def _centred(z: Any, a: Any, p1: Any, mean: Any, factor: Any) -> None:
+    """z := factor p (z - mean): a score divided by p, sent through the softmax."""
+    for i in range(z.size):
+        z[i] = factor * a[i] * p1 * (z[i] - mean)
+
+
+@_jit
+def _hybrid(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, shift: Any, eta: float) -> float:
+    """lam KL(q || p) + (1 - lam) TV, lam = exp(-eta (1 - TV)); z := its gradient."""
+    kl, tv, signed = 0.0, 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a, b = Z[block], T[block], A[block], B[block]
+        part, part_v, part_s = f32(0.0), f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p, q = a[i] * p1, b[i] * q1
+            d = p - q
+            s = f32(1.0) if d > 0 else (f32(-1.0) if d < 0 else f32(0.0))
+            part += q * (t[i] - z[i] + shift)
+            part_v += d * s if d == d else d
+            part_s += p * s
+            z[i] = s
+        kl += part
+        tv += part_v
+        signed += part_s
+    tv *= 0.5
+    lam = math.exp(-eta * (1 - tv))
+    weight, half, mean = f32(lam), f32(0.5 * (1 - lam)), f32(signed)
+    for i in range(Z.size):
+        p = A[i] * p1
+        Z[i] = weight * (p - B[i] * q1) + half * p * (Z[i] - mean)
+    return lam * (kl if kl < _INFINITE or kl != kl else np.inf) + (1 - lam) * tv
+
+
+@_jit
+def _finish(z: Any, bits: Any, factor: Any) -> None:
+    """z *= factor; bits := z rounded to bf16, nearest even, where there is room for it."""
+    for i in range(z.size):
+        z[i] *= factor
+    if bits.size:
+        words = z.view(i32)
+        for i in range(z.size):
+            w = words[i]
+            bits[i] = np.int16((w + i32(0x7FFF) + ((w >> i32(16)) & i32(1))) >> i32(16))
+
+
+@_jit
+def _row(code: int, parameter: float, z: Any, t: Any, a: Any, b: Any, ss: float, st: float, grad: bool) -> float:
+    """Value of one row; z := its gradient by (z / T), if ``grad``."""
+    p1, q1 = f32(1 / ss), f32(1 / st)
+    ls, lt = f32(math.log(ss)), f32(math.log(st))
+    shift = f32(ls - lt)
+    if code == 0:
+        return _forward_kl(z, t, a, b, p1, q1, shift)
+    if code == 1:
+        return _reverse_kl(z, t, a, p1, shift, grad)
+    if code == 6:
+        return _hybrid(z, t, a, b, p1, q1, shift, parameter)
+    constant, factor = f32(parameter), f32(1.0)
+    if code == 2:
+        teacher, mean = _jsd(z, t, a, b, p1, q1, ls, lt, constant)
+        factor = f32(1 - parameter)
+        value = teacher + (1 - parameter) * mean
+    elif code == 3:
+        value, mean = _total_variation(z, a, b, p1, q1)
+        factor = f32(0.5)
+    elif code == 4:
+        value, mean = _skew_forward(z, t, a, b, p1, q1, lt, constant)
+    else:
+        value, mean = _skew_reverse(z, a, b, p1, q1, ls, constant)
+    if grad:
+        _centred(z, a, p1, f32(mean), factor)
+    return value
+
+
+@_jit
+def rows(
+    code: int,
+    parameter: float,
+    inverse: float,  # 1 / temperature
+    grad: bool,
+    first: int,
+    last: int,
+    student: Any,  # [n, V] float32
+    teacher: Any,  # [n, V] float32
+    bits: Any,  # [n, V] or [n, 0] int16
+    ids: Any,  # [n] int64, -1 for none
+    factors: Any,  # [n] float32
+    stats: Any,  # [4, n] float32: value, entropy, log-probabilities of student and teacher
+) -> None:
+    """Rows ``first`` to ``last``: statistics into ``stats``, gradient times factor into ``student`` and ``bits``."""
+    a, b = np.empty(student.shape[1], f32), np.empty(student.shape[1], f32)
+    for r in range(first, last):
+        z, t = student[r], teacher[r]
+        _scaled(z, _maximum(z), f32(inverse))
+        _scaled(t, _maximum(t), f32(inverse))
+        ss, st = _exponentials(z, a), _exponentials(t, b)
+        stats[1, r] = math.log(ss) - _weighted(a, z) / ss
+        if ids[r] >= 0:
+            stats[2, r] = z[ids[r]] - math.log(ss) if z[ids[r]] > -_INFINITE else -np.inf
+            stats[3, r] = t[ids[r]] - math.log(st) if t[ids[r]] > -_INFINITE else -np.inf
+        value = _row(code, parameter, z, t, a, b, ss, st, grad)
+        if ss != ss or st != st:  # a NaN logit; the logarithm's integer arithmetic would lose it
+            value = np.nan
+        stats[0, r] = np.inf if value > _INFINITE else value
+        if grad:
+            _finish(z, bits[r], factors[r])
