@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onpolicy.config import TrainConfig
+from onpolicy.health_config import check_health
 from onpolicy.models import check_model_exists, loading_options
 from onpolicy.student import check_layers, evenly_spaced
 from onpolicy.teachers.convert import resolve_model
@@ -43,6 +44,7 @@ def check_settings(config: TrainConfig) -> None:
             raise ValueError(f"{option}.divergence: '{divergence}' is not known; choose one of {', '.join(names())}")
     if not 0 <= config.gkd.beta <= 1 or not 0 <= config.gkd.lmbda <= 1:
         raise ValueError(f"gkd.beta and gkd.lmbda must be in [0, 1], got {config.gkd.beta} and {config.gkd.lmbda}")
+    check_health(config.health, config.sampling.max_tokens)
     if config.evaluation.num_prompts > config.prompts.heldout_size:
         raise ValueError(
             f"evaluation.num_prompts is {config.evaluation.num_prompts} but only prompts.heldout_size="
@@ -143,7 +145,7 @@ def check_disk(directory: Path, needed: int) -> None:
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """A run is continued with the settings it was started with; only how it is watched and saved may change."""
-    free = ("logging", "checkpoint", "rollouts.parity_bound", "rollouts.max_num_seqs")
+    free = ("logging", "checkpoint", "rollouts.parity_bound", "rollouts.max_num_seqs", "health.warn_")
     before, now = flatten(saved), flatten(current)
     changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
     if changed:

@@ -49,9 +49,6 @@ def execute(prepared: Prepared) -> Path:
     """Run to the end and return the path of summary.json. Raises Interrupted or StoppedRun with what to do."""
     if prepared.summary.exists():  # --resume of a finished run
         return prepared.summary
-    prepared.directory.mkdir(parents=True, exist_ok=True)
-    with atomic_file(prepared.directory / "config.yaml") as file:
-        yaml.safe_dump(plain(prepared.config), file, sort_keys=False)
     with Run(prepared) as run:
         try:
             return run.execute()
@@ -108,6 +105,9 @@ class Run:
         from accelerate import Accelerator
 
         config = self.config
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.directory / "config.yaml") as file:
+            yaml.safe_dump(plain(config), file, sort_keys=False)
         self.accelerator = Accelerator(
             log_with=config.logging.trackers or None, project_dir=str(self.directory), cpu=not torch.cuda.is_available()
         )
@@ -119,6 +119,7 @@ class Run:
         teacher_model = load_causal_lm(config.teacher.model, dtype, self.accelerator.device)
         self.student = build_student(config.student, teacher_model, self.accelerator.device)
         self.teacher = LocalTeacher(teacher_model)
+        self.heldout = self._held_out()
         trained = sum(p.numel() for p in self.student.trainable().values())
         checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
         store = CheckpointStore(self.directory / "checkpoints", config.checkpoint.keep)
@@ -190,16 +191,17 @@ class Run:
                     save_rollouts(self._samples_file(name), sampler.generate(prompts, params, report))
         drawn = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
         self.warm_start_rollouts = drawn.get("warm_start", [])
-        self.heldout = None
-        if self.prepared.heldout_prompts and self.config.evaluation.num_prompts:
-            batching = self.config.batching
-            self.heldout = HeldOut(
-                self._heldout_prompts(),
-                {greedy: self._heldout_params(greedy) for greedy in (False, True)},
-                {False: drawn["sampled"], True: drawn["greedy"]},
-                batching.token_budget,
-                batching.share_prompts,
-            )
+        self.teacher_rollouts = {False: drawn.get("sampled", []), True: drawn.get("greedy", [])}
+
+    def _held_out(self) -> HeldOut | None:
+        if not self._heldout_prompts():
+            return None
+        batching = self.config.batching
+        return HeldOut(
+            self._heldout_prompts(), {greedy: self._heldout_params(greedy) for greedy in (False, True)},
+            self.teacher_rollouts, self.teacher,
+            token_budget=batching.token_budget, share_prompts=batching.share_prompts,
+        )  # fmt: skip
 
     def _heldout_prompts(self) -> list[Prompt]:
         return self.prepared.heldout_prompts[: self.config.evaluation.num_prompts]
@@ -257,7 +259,7 @@ class Run:
             self.student, self.teacher, self._open_student_sampler, self._prompt_order(),
             self._sampling_params(config.sampling.samples_per_prompt, "student"), make_update(config), settings,
             prompts_per_step=config.prompts_per_step, lmbda=config.gkd.lmbda if config.algorithm == "gkd" else 1.0,
-            seed=config.seed,
+            seed=config.seed, health=config.health,
         )  # fmt: skip
 
     def _prompt_order(self) -> PromptOrder:
@@ -273,7 +275,7 @@ class Run:
         self.progress.stage(f"held-out evaluation: {label}", 1)
         sampler = self._open_student_sampler()
         sampler.sync(self.student.weights(), self.trainer.state.policy_version)
-        figures = results[label] = self.heldout.measure(self.student, self.teacher, sampler)
+        figures = results[label] = self.heldout.measure(self.student, sampler)
         self.progress.advance("")
         self.progress.say(
             f"{label}: reverse KL {figures['reverse_kl']:.3f}, acceptance {figures['acceptance_t1']:.3f} (T=1), "

@@ -14,6 +14,8 @@ import torch
 
 from onpolicy.batching import Batch, pack
 from onpolicy.checkpoint import CheckpointStore
+from onpolicy.guards import apply_guards
+from onpolicy.health import StepTokens, health_warnings, rollout_health, token_health
 from onpolicy.metrics import JsonLines, Means, PhaseTimer, Progress, peak_rss_gib, rates
 from onpolicy.optimization import NonFiniteError, Optimization, schedule_scale
 from onpolicy.parity import ParityMeter, processed_as_sampled
@@ -62,6 +64,7 @@ class Trainer:
         self.state = RunState()
         self.started = time.perf_counter()
         self.lines: JsonLines | None = None
+        self.warned: set[str] = set()  # health warnings of the last step: each is said when it appears
         self.stop_requested: Callable[[], bool] = lambda: False
 
     def run_stage(self, stage: Stage) -> bool:
@@ -88,8 +91,11 @@ class Trainer:
         where = f"{stage.settings.name} step {state.step}"
         self._seed_step(stage)
         with timer("rollout"):
-            rollouts = stage.rollouts(state.step)
-        metrics: dict[str, float] = {}
+            drawn = stage.rollouts(state.step)
+        rollouts = apply_guards(drawn, self.config.health)
+        if not rollouts:
+            self.progress.say(f"warning: {where}: every completion was dropped (health.drop_truncated), no update")
+        updates: list[dict[str, float]] = []
         parity = ParityMeter()
         for part, chosen in enumerate(split_by_prompt(rollouts, stage.settings.updates_per_step)):
             batches = [b.to(self.student.device) for b in self._pack(chosen)]
@@ -97,10 +103,12 @@ class Trainer:
                 scored = [(batch, stage.score(batch, chosen)) for batch in batches]
             with timer("update"):
                 rate = self._learning_rate(stage, part)
-                metrics = self._update(stage, chosen, scored, parity if part == 0 else None, rate, where)
+                updates.append(self._update(stage, chosen, scored, parity if part == 0 else None, rate, where))
         with timer("sync"):
             stage.after_step(state.policy_version)
-        return self._finish_step(stage, rollouts, timer, metrics | parity.metrics())
+        metrics = mean_of(updates) | rollout_health(drawn, self.config.health)
+        metrics["health/kept_tokens"] = sum(map(len, rollouts)) / sum(map(len, drawn))
+        return self._finish_step(stage, drawn, timer, metrics | parity.metrics())
 
     def _seed_step(self, stage: Stage) -> None:
         """Every step has random streams of its own, so what ran before it, or in which process, does not matter."""
@@ -132,6 +140,7 @@ class Trainer:
         normalize = self.config.optim.normalize
         denominator = self.optimization.global_sum(sum(loss_share(batch, normalize) for batch, _ in scored))
         means, total = Means(), 0.0
+        watched: list[StepTokens] = []
         for batch, score in scored:
             hidden, head = self.student(batch)
             result = stage.update(batch, hidden, head, score, denominator)
@@ -139,6 +148,7 @@ class Trainer:
             total += result.loss.item()
             reward = result.teacher_logprobs - result.student_logprobs
             means.add(result.metrics | {"reward": reward}, len(batch.token_ids))
+            watched.append(StepTokens.of(batch, result))
             if parity is not None:
                 self._compare(parity, batch, rollouts, hidden, head, result.student_logprobs)
         total = self.optimization.global_sum(total)
@@ -152,7 +162,10 @@ class Trainer:
             parity.check(self.config.rollouts.parity_bound, self.state.steps_done)
         norm = self.optimization.apply(learning_rate, where)
         self.state.policy_version += 1
-        return {"loss": total, "grad_norm": norm, "learning_rate": learning_rate} | means.result()
+        return {
+            "loss": total, "grad_norm": norm, "learning_rate": learning_rate,
+            **means.result(), **token_health(StepTokens.join(watched)),
+        }  # fmt: skip
 
     def _compare(
         self,
@@ -202,8 +215,13 @@ class Trainer:
         flat = {k: v for k, v in record.items() if isinstance(v, int | float)}
         flat |= {f"tok_s/{phase}": rate for phase, rate in record["tok_s"].items()}
         self.accelerator.log(flat, step=record["step"])
+        said = health_warnings(record, self.config.health)
+        for name in said.keys() - self.warned:
+            self.progress.say(f"warning: step {record['step']}: {said[name]}")
+        self.warned = set(said)
         speed = " ".join(f"{phase} {rate:,.0f}" for phase, rate in record["tok_s"].items())
-        self.progress.advance(f"loss {record['loss']:.3f}  tok/s: {speed}")
+        loss = f"loss {record['loss']:.3f}" if "loss" in record else "no update"
+        self.progress.advance(f"{loss}  tok/s: {speed}")
 
     def save(self, stage: Stage) -> None:
         """A checkpoint of everything the next step depends on."""
@@ -239,6 +257,12 @@ class Trainer:
             parameter.copy_(saved["student"][name])
         self.optimization.optimizer.load_state_dict(saved["optimizer"])
         return saved["stage"]
+
+
+def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, the mean over the records that have it."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: float(np.mean([record[name] for record in records if name in record])) for name in names}
 
 
 def split_by_prompt(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:

@@ -29,6 +29,7 @@ class BatchLoss:
     student_logprobs: torch.Tensor  # [N] float32 detached, the trainer's, at the loss temperature
     teacher_logprobs: torch.Tensor  # [N] float32 detached
     metrics: dict[str, torch.Tensor]  # per token [N], or scalars that are means over the batch's tokens
+    entropy: torch.Tensor | None = None  # [N] float32, the student's at the loss temperature, where it is computed
 
 
 Update = Callable[[Batch, torch.Tensor, torch.Tensor, Score, float], BatchLoss]
@@ -72,8 +73,9 @@ def divergence_update(
             temperature=temperature, denominator=denominator, **(options or {}),
         )  # fmt: skip
         return BatchLoss(
-            loss, metrics["student_logprobs"], metrics["teacher_logprobs"], {"divergence": metrics["per_token"]}
-        )
+            loss, metrics["student_logprobs"], metrics["teacher_logprobs"], {"divergence": metrics["per_token"]},
+            metrics["student_entropy"],
+        )  # fmt: skip
 
     return update
 
@@ -87,24 +89,27 @@ def policy_gradient_update(config: PolicyGradientConfig, temperature: float, nor
     def update(batch: Batch, hidden: torch.Tensor, head: torch.Tensor, score: Score, denominator: float) -> BatchLoss:
         student = chunked_logprobs(hidden, head, batch.token_ids, temperature=temperature)
         teacher = score.logprobs(batch.token_ids, temperature)
-        expected = -_reverse_kl(hidden, head, score, temperature) if control_variate else None
+        whole = _whole_vocabulary(hidden, head, score, temperature) if control_variate else {}
+        expected = -whole["per_token"] if control_variate else None
         everything = torch.ones_like(batch.token_ids, dtype=torch.bool)
         loss, metrics = policy_gradient(
             student, batch.sampler_logprobs, teacher, batch.sequence_ids, everything,
             options=options, control_variate=expected, denominator=denominator,
         )  # fmt: skip
         per_token = -expected if expected is not None else student.detach() - teacher
-        return BatchLoss(loss, student.detach(), teacher, metrics | {"divergence": per_token})
+        return BatchLoss(
+            loss, student.detach(), teacher, metrics | {"divergence": per_token}, whole.get("student_entropy")
+        )
 
     return update
 
 
 @torch.no_grad()
-def _reverse_kl(hidden: torch.Tensor, head: torch.Tensor, score: Score, temperature: float) -> torch.Tensor:
-    metrics = chunked("reverse_kl", hidden.detach(), head.detach(), score.hidden, score.head, temperature=temperature)[
-        1
-    ]
-    return metrics["per_token"]
+def _whole_vocabulary(
+    hidden: torch.Tensor, head: torch.Tensor, score: Score, temperature: float
+) -> dict[str, torch.Tensor]:
+    """``per_token`` reverse KL and ``student_entropy``, [N]."""
+    return chunked("reverse_kl", hidden.detach(), head.detach(), score.hidden, score.head, temperature=temperature)[1]
 
 
 def token_weights(sequence_ids: torch.Tensor, normalize: Normalisation) -> torch.Tensor | None:

@@ -200,7 +200,6 @@ def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_settings, tmp_path) -> None:
     config, resume = parse(options(tiny_settings, tmp_path, warm_start__num_prompts=0))
     prepared = prepare(config, resume)
-    prepared.directory.mkdir(parents=True)
     with Run(prepared) as run:
         run.build()
         stage = run.stages()[0]

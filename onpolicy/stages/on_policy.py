@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from onpolicy.batching import Batch, text_rollout
+from onpolicy.guards import max_tokens_at
+from onpolicy.health_config import HealthConfig
 from onpolicy.prompts import PromptOrder
 from onpolicy.rollouts.base import Sampler
 from onpolicy.seeds import derive
@@ -37,11 +39,13 @@ class OnPolicy:
         prompts_per_step: int,
         lmbda: float,
         seed: int,
+        health: HealthConfig,
     ):
         self.student, self.teacher, self.order, self.params = student, teacher, order, params
         self._open_sampler = open_sampler
         self.update, self.settings = update, settings
         self.prompts_per_step, self.lmbda, self.seed = prompts_per_step, lmbda, seed
+        self.health = health
 
     def begin(self, policy_version: int) -> None:
         """Start the sampler, if nothing has yet, with the student as it is now."""
@@ -60,7 +64,8 @@ class OnPolicy:
                 assert prompt.completion_ids is not None  # checked before the run (validate.py)
                 kept = prompt.completion_ids[: self.params.max_tokens]
                 texts.append(text_rollout(prompt, kept, self.sampler.policy_version))
-        params = replace(self.params, seed=derive(self.seed, "rollouts", step))
+        max_tokens = max_tokens_at(step, self.health, self.params.max_tokens)
+        params = replace(self.params, seed=derive(self.seed, "rollouts", step), max_tokens=max_tokens)
         return (self.sampler.generate(sampled, params) if sampled else []) + texts
 
     def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Score:
