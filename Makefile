@@ -15,8 +15,7 @@ setup:  ## create the virtual environment and convert the default teacher (quick
 	@bash scripts/setup.sh
 
 quickstart: setup  ## train a student end to end: minutes, no GPU, no download of a model
-	@$(PY) -m onpolicy.train --config $(QUICKSTART)
-	@echo runs/quickstart/summary.json
+	@$(PY) -m onpolicy.train --config $(QUICKSTART) --resume
 
 test: setup  ## the tests that CI runs
 	@$(PY) -m pytest -q -m "not slow and not gpu"

@@ -5,8 +5,10 @@ Exit status: 0 success; 2 a user's mistake (one message on stderr); 1 anything e
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onpolicy.config import TrainConfig
@@ -63,8 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(summary)
+    say_what_was_reached(summary)
     return 0
+
+
+def say_what_was_reached(path: Path) -> None:
+    """The held-out table, time and memory, and as the last line the summary's path."""
+    from onpolicy.evaluate.figures import duration, table
+
+    summary = json.loads(path.read_text())
+    if summary["heldout"]:
+        print(table(summary["heldout"]))
+    took, memory = duration(summary["seconds"]), summary["peak_rss_gib"]
+    print(f"{took}, peak memory {memory} GiB; report: {path.parent / 'report.html'}")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from onpolicy.batching import pack
 from onpolicy.config import StudentConfig
 from onpolicy.evaluate.heldout import summarise, token_statistics
 from onpolicy.models import load_causal_lm
@@ -29,6 +30,11 @@ def rollouts() -> list[Rollout]:
     ]
 
 
+def scored(model, token_budget: int):
+    teacher = LocalTeacher(model)
+    return [(batch, teacher.score(batch)) for batch in pack(rollouts(), token_budget)]
+
+
 def plain_log_probs(model, rollout: Rollout) -> torch.Tensor:
     ids = torch.tensor([[*rollout.prompt.token_ids, *rollout.completion_ids.tolist()]])
     with torch.no_grad():
@@ -38,7 +44,7 @@ def plain_log_probs(model, rollout: Rollout) -> torch.Tensor:
 
 def test_token_statistics_follow_their_definitions(teacher_model) -> None:
     student = build_student(StudentConfig(num_layers=2, precision="float32"), teacher_model)
-    figures = token_statistics(student, LocalTeacher(teacher_model), rollouts(), token_budget=16)
+    figures = token_statistics(student, scored(teacher_model, 16))
     q = torch.cat([plain_log_probs(student.model, r) for r in rollouts()])
     p = torch.cat([plain_log_probs(teacher_model, r) for r in rollouts()])
     tokens = torch.from_numpy(np.concatenate([r.completion_ids for r in rollouts()]))[:, None]
@@ -56,7 +62,7 @@ def test_token_statistics_follow_their_definitions(teacher_model) -> None:
 
 def test_a_student_that_is_its_teacher_is_perfect(teacher_model) -> None:
     student = build_student(StudentConfig(num_layers=4, precision="float32"), teacher_model)
-    figures = token_statistics(student, LocalTeacher(teacher_model), rollouts())
+    figures = token_statistics(student, scored(teacher_model, 1000))
     assert figures["reverse_kl"] == pytest.approx(0, abs=1e-5)
     assert figures["acceptance"] == pytest.approx(1, abs=1e-4) and figures["agreement"] == 1
 

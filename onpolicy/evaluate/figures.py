@@ -101,3 +101,15 @@ def _change(before: float, after: float) -> str:
     if number(before) == number(after):
         return f"stayed at {number(after)}"
     return f"{'rose' if after > before else 'fell'} from {number(before)} to {number(after)}"
+
+
+def table(heldout: Heldout) -> str:
+    """The held-out figures as plain text, a line a metric, a column a moment of the run."""
+    labels = present_labels(heldout)
+    lines = [" " * 36 + "".join(f"{LABELS.get(label, label):>18}" for label in labels)]
+    for suffix, title, _ in GROUPS:
+        lines.append(title)
+        for figure in FIGURES:
+            values = (number(value_of(heldout, label, figure.key + suffix)) for label in labels)
+            lines.append(f"  {figure.title:34}" + "".join(f"{value:>18}" for value in values))
+    return "\n".join(lines)

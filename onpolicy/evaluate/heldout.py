@@ -7,47 +7,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from onpolicy.batching import pack
+from onpolicy.batching import Batch, pack
 from onpolicy.losses import iter_logprobs
 from onpolicy.student import Student
-from onpolicy.teachers import Teacher
+from onpolicy.teachers import Score, Teacher
 from onpolicy.types import Prompt, Rollout, SamplingParams
-from spec.stats import expected_acceptance_from_logprobs
+from spec.stats import expected_acceptance, greedy_agreement
 
 if TYPE_CHECKING:
     from onpolicy.rollouts.base import Sampler
 
+CHUNK = 32  # tokens: the vocabulary-wide intermediates of a chunk stay in the processor's cache
 METRICS = ("reverse_kl", "forward_kl", "acceptance_t1", "acceptance_t0", "agreement", "perplexity")
 
 
-@dataclass(frozen=True)
+Scored = list[tuple[Batch, Score]]
+
+
 class HeldOut:
-    """The held-out prompts, with what the teacher makes of them: drawn once, compared with every time."""
+    """The held-out prompts, with what the teacher makes of them: drawn and scored once, compared with every time."""
 
-    prompts: list[Prompt]
-    params: dict[bool, SamplingParams]  # by greedy
-    teacher_rollouts: dict[bool, list[Rollout]]  # by greedy
-    token_budget: int
-    share_prompts: bool
+    def __init__(
+        self,
+        prompts: list[Prompt],
+        params: dict[bool, SamplingParams],  # by greedy
+        teacher_rollouts: dict[bool, list[Rollout]],  # by greedy
+        teacher: Teacher,
+        *,
+        token_budget: int,
+        share_prompts: bool,
+    ):
+        self.prompts, self.params, self.teacher_rollouts, self.teacher = prompts, params, teacher_rollouts, teacher
+        self.token_budget, self.share_prompts = token_budget, share_prompts
+        self._scored: dict[bool, Scored] = {}
 
-    def measure(self, student: Student, teacher: Teacher, sampler: Sampler) -> dict[str, float]:
+    def measure(self, student: Student, sampler: Sampler) -> dict[str, float]:
         """The summary's figures of the student as it is now; the sampler must have its weights."""
-        own = {greedy: sampler.generate(self.prompts, params) for greedy, params in self.params.items()}
+        if not self._scored:
+            self._scored = {
+                greedy: self._score(student, rollouts) for greedy, rollouts in self.teacher_rollouts.items()
+            }
+        own = {g: self._score(student, sampler.generate(self.prompts, params)) for g, params in self.params.items()}
         figures: dict[str, float] = {}
-        for visited_by, rollouts in (("teacher", self.teacher_rollouts), ("student", own)):
-            sampled, greedy = (
-                token_statistics(
-                    student, teacher, rollouts[key], token_budget=self.token_budget, share_prompts=self.share_prompts
-                )
-                for key in (False, True)
-            )
+        for visited_by, scored in (("teacher", self._scored), ("student", own)):
+            sampled, greedy = token_statistics(student, scored[False]), token_statistics(student, scored[True])
             figures |= summarise(sampled, greedy, visited_by)
         return figures
+
+    def _score(self, student: Student, rollouts: Sequence[Rollout]) -> Scored:
+        batches = pack(rollouts, self.token_budget, share_prompts=self.share_prompts)
+        return [(batch, self.teacher.score(batch)) for batch in (b.to(student.device) for b in batches)]
 
 
 def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tuple[int, ...]) -> SamplingParams:
@@ -57,27 +70,18 @@ def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tup
 
 
 @torch.no_grad()
-def token_statistics(
-    student: Student,
-    teacher: Teacher,
-    rollouts: Sequence[Rollout],
-    *,
-    token_budget: int = 2048,
-    share_prompts: bool = True,
-) -> dict[str, float]:
-    """Means over all completion tokens of the rollouts, at temperature 1, nats.
+def token_statistics(student: Student, scored: Sequence[tuple[Batch, Score]]) -> dict[str, float]:
+    """Means over all completion tokens of the batches, at temperature 1, nats.
 
     ``reverse_kl``, ``forward_kl``, ``acceptance`` (sum over the vocabulary of min(p, q)), ``agreement`` (same most
     likely token), ``student_nll`` and ``teacher_nll`` (of the text itself).
     """
     sums: dict[str, float] = {}
     tokens = 0
-    for batch in pack(rollouts, token_budget, share_prompts=share_prompts):
-        batch = batch.to(student.device)
+    for batch, score in scored:
         hidden, head = student(batch)
-        score = teacher.score(batch)
         start = 0
-        for q, p in iter_logprobs(hidden, head, score.hidden, score.head):
+        for q, p in iter_logprobs(hidden, head, score.hidden, score.head, chunk_size=CHUNK):
             ids = batch.token_ids[start : start + len(q), None]
             start += len(q)
             for name, values in _row_statistics(q, p, ids).items():
@@ -88,11 +92,12 @@ def token_statistics(
 
 def _row_statistics(q: torch.Tensor, p: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """[n, V] log-probabilities of student and teacher -> [n] values."""
+    student, teacher, difference = q.exp(), p.exp(), (q - p).nan_to_num_(0.0)  # NaN: both -inf
     return {
-        "reverse_kl": (q.exp() * (q - p)).nan_to_num(0.0).sum(-1),
-        "forward_kl": (p.exp() * (p - q)).nan_to_num(0.0).sum(-1),
-        "acceptance": expected_acceptance_from_logprobs(p, q),
-        "agreement": (p.argmax(-1) == q.argmax(-1)).float(),
+        "reverse_kl": (student * difference).sum(-1),
+        "forward_kl": -(teacher * difference).sum(-1),
+        "acceptance": expected_acceptance(teacher, student),
+        "agreement": greedy_agreement(p, q).float(),
         "student_nll": -q.gather(1, ids)[:, 0],
         "teacher_nll": -p.gather(1, ids)[:, 0],
     }
