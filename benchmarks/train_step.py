@@ -2,7 +2,8 @@
 
 Each side runs alone in a fresh process, in turn and several times, since the machine's speed drifts: the ratio is
 taken pair by pair. Both train every weight of the student (embeddings too) by reverse KL on 32 fresh rollouts of
-exactly 96 tokens. The last line is one JSON object.
+exactly 96 tokens. TRL is measured as installed, and once more with the CPU tuning our program arranges for itself
+(preloaded OpenMP, threads, memory kept by the allocator): ``trl`` and ``trl_tuned``. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def main() -> None:
         print(json.dumps(measure_ours(Path(args.ours), args)))
         return
     tokens = args.rollouts * args.completion_length
-    ours, theirs = [], []
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "trl": [], "trl_tuned": []}
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         make_student(directory / "student", args.layers)
@@ -115,22 +116,21 @@ def main() -> None:
 
         numbers = ("rollouts", "samples_per_prompt", "completion_length", "layers", "steps")
         passed = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in numbers]
+        peer = [
+            "-W", "ignore", "-m", "benchmarks.trl_peer", "--student", str(directory / "student"),
+            "--teacher", str(default_teacher()), "--prompts", str(directory / "trl.jsonl"),
+            "--rollouts", str(args.rollouts), "--completion-length", str(args.completion_length),
+            "--steps", str(args.steps),
+        ]  # fmt: skip
         for repeat in range(args.repeat):
-            ours.append(in_subprocess(["-m", "benchmarks.train_step", *passed, "--ours", scratch], env=environment()))
-            theirs.append(
-                in_subprocess(
-                    [
-                        "-W", "ignore", "-m", "benchmarks.trl_peer", "--student", str(directory / "student"),
-                        "--teacher", str(default_teacher()), "--prompts", str(directory / "trl.jsonl"),
-                        "--rollouts", str(args.rollouts), "--completion-length", str(args.completion_length),
-                        "--steps", str(args.steps),
-                    ],
-                    env=trl_peer.environment(),
-                )
-            )  # fmt: skip
-            print(f"pair {repeat + 1}: ours {ours[-1]['step_s']:.2f} s, TRL {theirs[-1]['step_s']:.2f} s", flush=True)
+            ours = in_subprocess(["-m", "benchmarks.train_step", *passed, "--ours", scratch], env=environment())
             shutil.rmtree(directory / "ours")
-    report(args, tokens, ours, theirs)
+            runs["ours"].append(ours)
+            runs["trl"].append(in_subprocess(peer))
+            runs["trl_tuned"].append(in_subprocess(peer, env=trl_peer.environment()))
+            seconds = ", ".join(f"{side} {side_runs[-1]['step_s']:.2f} s" for side, side_runs in runs.items())
+            print(f"round {repeat + 1}: {seconds} a step", flush=True)
+    report(args, tokens, runs)
 
 
 def environment() -> dict[str, str]:
@@ -138,29 +138,22 @@ def environment() -> dict[str, str]:
     return {**os.environ, **tuned_cpu_env()}
 
 
-def report(args: argparse.Namespace, tokens: int, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> None:
+def report(args: argparse.Namespace, tokens: int, runs: dict[str, list[dict[str, Any]]]) -> None:
     """Table, then the JSON line."""
     median = statistics.median
-    phases = {
-        side: {k: median(run["phases_s"].get(k, 0.0) for run in runs) for k in runs[0]["phases_s"]}
-        for side, runs in (("ours", ours), ("trl", theirs))
-    }
-    result = {
-        "ours_tok_s": tokens / median(run["step_s"] for run in ours),
-        "trl_tok_s": tokens / median(run["step_s"] for run in theirs),
-        "ratio": median(b["step_s"] / a["step_s"] for a, b in zip(ours, theirs, strict=True)),
-        "phases": phases,
-        "ours_peak_mib": median(run["peak_rss_mib"] for run in ours),
-        "trl_peak_mib": median(run["peak_rss_mib"] for run in theirs),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("json", "ours")},
-    }
-    names = list(dict.fromkeys([*phases["ours"], *phases["trl"]]))
-    print(f"{'':8}{'tok/s':>9}{'step s':>9}{'peak MiB':>10}" + "".join(f"{name:>10}" for name in names))
-    for side, runs in (("ours", ours), ("trl", theirs)):
-        cells = [result[f"{side}_tok_s"], median(run["step_s"] for run in runs), result[f"{side}_peak_mib"]]
-        row = f"{side:8}{cells[0]:9.0f}{cells[1]:9.2f}{cells[2]:10.0f}"
-        print(row + "".join(f"{phases[side].get(name, float('nan')):10.2f}" for name in names))
-    print(f"ratio {result['ratio']:.2f}")
+    result: dict[str, Any] = {"settings": {k: v for k, v in vars(args).items() if k not in ("json", "ours")}}
+    names = list(dict.fromkeys(name for side in runs.values() for name in side[0]["phases_s"]))
+    print(f"{'':10}{'tok/s':>8}{'step s':>8}{'peak MiB':>10}{'ratio':>7}" + "".join(f"{name:>9}" for name in names))
+    for side, measured in runs.items():
+        step = median(run["step_s"] for run in measured)
+        phases = {k: median(run["phases_s"][k] for run in measured) for k in measured[0]["phases_s"]}
+        ratio = median(peer["step_s"] / ours["step_s"] for ours, peer in zip(runs["ours"], measured, strict=True))
+        peak = median(run["peak_rss_mib"] for run in measured)
+        result |= {f"{side}_tok_s": tokens / step, f"{side}_peak_mib": peak, f"{side}_phases_s": phases}
+        if side != "ours":
+            result["ratio" if side == "trl" else "ratio_tuned"] = ratio
+        row = f"{side:10}{tokens / step:8.0f}{step:8.2f}{peak:10.0f}{ratio:7.2f}"
+        print(row + "".join(f"{phases.get(name, float('nan')):9.2f}" for name in names))
     finish(result, args.json)
 
 
