@@ -6,7 +6,7 @@ QUICKSTART ?= configs/quickstart.yaml
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench lock clean
+.PHONY: help setup quickstart test test-slow lint format bench doctor lock clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ format: setup  ## let ruff format and sort
 
 bench: setup  ## one training step of ours beside TRL's
 	@$(PY) -m benchmarks.train_step
+
+doctor: setup  ## examine the quickstart's configuration before a run
+	@$(PY) -m onpolicy.doctor --config $(QUICKSTART)
 
 lock:  ## resolve the newest compatible versions into requirements/cpu.lock
 	@bash scripts/lock.sh

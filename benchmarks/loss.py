@@ -1,10 +1,11 @@
 """The chunked divergence beside TRL's ``ChunkedDivergenceFunction`` (and Liger's, where installed), in one run.
 
-    python -m benchmarks.loss [--tokens 512 2048 8192] [--vocab 49152 151936] [--repeat 5] [--seconds 10] [--json OUT]
+    python -m benchmarks.loss [--tokens 512 2048 8192] [--vocab 49152 151936] [--repeat 5] [--limit 5e8] [--json OUT]
 
 Forward and backward from bf16 hidden states and heads to the gradients of the student's hidden states and head, the
 same tensors for each side. Times are medians of interleaved runs, the ratio is the median of the paired ratios, so a
 busy machine slows both sides alike. Peak memory is what a fresh process grows by over its inputs, one process a side.
+Lines with more than ``--limit`` logits are left out, and said to be (minutes each for TRL); ``--limit inf`` runs all.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         "--hidden", type=int, default=576, help="hidden size of student and teacher (SmolLM2-135M: 576)"
     )
     parser.add_argument("--repeat", type=int, default=5, help="pairs of runs a line, at most")
-    parser.add_argument("--seconds", type=float, default=10, help="start no further pair of a line after this long")
+    parser.add_argument("--seconds", type=float, default=5, help="start no further pair of a line after this long")
+    parser.add_argument("--limit", type=float, default=5e8, help="leave out lines with more logits (tokens x vocab)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", metavar="OUT", help="also write the result there, with commit, versions and machine")
     parser.add_argument("--peak-of", nargs=6, help=argparse.SUPPRESS)
@@ -156,6 +158,9 @@ def main() -> None:
     for vocab in args.vocab:
         for loss in args.loss:
             for tokens in args.tokens:
+                if tokens * vocab > args.limit:
+                    print(f"{loss:<12}{tokens:>8,}{vocab:>9,}  left out: more than {args.limit:g} logits, see --limit")
+                    continue
                 line = measure(loss, tokens, vocab, args)
                 cells = "".join(f"{line[n + '_ms']:>12,.0f}{line[n + '_peak_mib']:>12,.0f}" for n in names)
                 print(f"{loss:<12}{tokens:>8,}{vocab:>9,}{cells}{line['ratio']:>9.2f}x", flush=True)

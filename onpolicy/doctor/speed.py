@@ -1,0 +1,130 @@
+"""How long a run will take, from one small batch of rollouts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from onpolicy.batching import Batch, pack
+from onpolicy.config import TrainConfig
+from onpolicy.doctor.findings import Finding
+from onpolicy.updates import loss_share, make_update
+
+if TYPE_CHECKING:
+    from onpolicy.student import Student
+    from onpolicy.teachers import Teacher
+    from onpolicy.types import Rollout
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Measured on one small batch of rollouts."""
+
+    rollout: float  # seconds a completion token, decoded at the run's width
+    score: float  # seconds a position
+    update: float  # seconds a position, forward and backward
+    apply: float  # seconds of an optimizer update
+    sync: float  # seconds
+    saved: float  # bytes a position kept for the backward pass
+
+
+def measure(
+    student: Student, teacher: Teacher, rollouts: Sequence[Rollout], config: TrainConfig
+) -> tuple[float, float, float, float]:
+    """(score, update, apply, saved) of :class:`Speed`. The weights stay as they are; gradients are cleared."""
+    update = make_update(config)
+    batches = [batch.to(student.device) for batch in
+               pack(rollouts, config.batching.token_budget, share_prompts=config.batching.share_prompts)]  # fmt: skip
+    positions = sum(batch.num_inputs for batch in batches)
+
+    def learn(some: Sequence[Batch]) -> None:
+        for batch in some:
+            hidden, head = student(batch)
+            denominator = loss_share(batch, config.optim.normalize)
+            update(batch, hidden, head, teacher.score(batch), denominator).loss.backward()
+
+    saved = saved_bytes(lambda: learn(batches[:1]), student.model) / batches[0].num_inputs  # and a warm-up
+    score = _timed(lambda: [teacher.score(batch) for batch in batches], student.device)
+    both = _timed(lambda: learn(batches), student.device)
+    # A learning rate of 0 leaves every weight as it is.
+    optimizer = torch.optim.AdamW(student.trainable().values(), lr=0.0, weight_decay=0.0, fused=True)
+    optimizer.step()
+    apply = _timed(optimizer.step, student.device)
+    optimizer.zero_grad(set_to_none=True)
+    return score / positions, max(both - score, 0.0) / positions, apply, saved
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def saved_bytes(work: Callable[[], object], model: torch.nn.Module) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of ``work``.
+
+    Parameters are not counted; their casts to a lower precision are.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    seen: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        work()
+    return sum(seen.values())
+
+
+def throughput(speed: Speed, teacher_share: float, prompt_tokens: float, config: TrainConfig, engine: str) -> Finding:
+    """Seconds a step and of the whole run, if every completion is as long as allowed.
+
+    Args:
+        teacher_share: the teacher's parameters by the student's: how much dearer its decoding is taken to be.
+        prompt_tokens: of a prompt, on average.
+    """
+    sampling = config.sampling
+    n, length = sampling.samples_per_prompt, sampling.max_tokens
+    copies = 1 if config.batching.share_prompts else n
+    positions = config.prompts_per_step * (copies * prompt_tokens + n * length)
+    learn = speed.score + speed.update
+    phases = {
+        "rollout": speed.rollout * config.prompts_per_step * n * length,
+        "score": speed.score * positions,
+        "update": speed.update * positions + speed.apply * config.optim.updates_per_step,
+        "sync": speed.sync,
+    }
+    step = sum(phases.values())
+    warm, whole = config.warm_start, {"on-policy": config.steps * step}
+    if warm.num_prompts:
+        drawn = warm.num_prompts * warm.samples_per_prompt
+        updates = warm.epochs * drawn / warm.rollouts_per_step
+        whole["teacher's samples"] = drawn * length * speed.rollout * teacher_share
+        whole["warm start"] = learn * warm.epochs * (warm.num_prompts * prompt_tokens + drawn * length)
+        whole["warm start"] += updates * speed.apply
+    if config.evaluation.num_prompts:
+        times = 3 if warm.num_prompts and config.steps else 2
+        tokens = config.evaluation.num_prompts * config.evaluation.max_tokens
+        positions = tokens + config.evaluation.num_prompts * prompt_tokens
+        # Sampled and greedy, of the student and of the teacher; forward is a third of an update.
+        whole["evaluation"] = times * (2 * tokens * speed.rollout + 4 * positions * (speed.score + speed.update / 3))
+    rounded = lambda parts: ", ".join(f"{k} {v:,.1f}" for k, v in parts.items())  # noqa: E731
+    found = (
+        f"a step takes up to {step:,.1f} s ({rounded(phases)}), the whole run about {sum(whole.values()) / 60:,.1f} "
+        f"minutes (seconds: {rounded(whole)}), if no completion ends early"
+    )
+    if phases["rollout"] <= 0.8 * step or engine == "vllm":
+        return Finding("ok", "throughput", found)
+    return Finding(
+        "note", "throughput", found, "generation dominates the step (trl#4568)",
+        "install vLLM (`make setup` on a CPU): it decodes many sequences together",
+    )  # fmt: skip
