@@ -1,8 +1,8 @@
 """From rollouts to tensors: prompts shared between their samples, rows of like length, a token budget a batch.
 
 A *row* holds one prompt and every completion sampled from it: the prompt is computed once instead of n times.
-Completions of a row cannot see one another: each attends to the prompt and to itself (a tree of depth two), and
-its positions continue from the prompt's, so every hidden state equals the one of the completion alone.
+Completions of a row cannot see one another: each attends to the prompt and to itself (onpolicy/attention.py), and its
+positions continue from the prompt's, so every hidden state equals the one of the completion alone.
 
 Shape legend: R rows, L positions of a row, N completion tokens of the batch, B rollouts of the batch.
 """
@@ -16,10 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from onpolicy.attention import Layout
 from onpolicy.types import Prompt, Rollout
-
-PROMPT = -1  # segment of prompt tokens, seen by every completion of the row
-PADDING = -2  # segment of padding, seen by nobody
 
 
 @dataclass(frozen=True)
@@ -28,7 +26,7 @@ class Batch:
 
     input_ids: torch.Tensor  # [R, L] int64; the last token of a completion is never an input: nothing follows it
     position_ids: torch.Tensor  # [R, L] int64, continuing from the prompt in every completion
-    attention_mask: torch.Tensor  # [R, 1, L, L] bool, True where row position i may look at j
+    layout: Layout | None  # how completions that share a row attend; None where every row is one sequence
     predict: torch.Tensor  # [N] int64, index into R*L of the position whose hidden state predicts the token
     token_ids: torch.Tensor  # [N] int64, the sampled tokens
     sequence_ids: torch.Tensor  # [N] int64, which rollout of `indices` a token belongs to, 0..B-1, non-decreasing
@@ -42,7 +40,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, torch.Tensor)}
+        movable = {name: value for name, value in values.items() if isinstance(value, torch.Tensor | Layout)}
+        values |= {name: value.to(device) for name, value in movable.items()}
         return Batch(**values)
 
 
@@ -96,23 +95,24 @@ def _collate(rollouts: Sequence[Rollout], rows: list[list[int]], pad_id: int) ->
     width = max(_row_length(rollouts, row) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
-    segments = np.full((len(rows), width), PADDING, np.int64)
     predict: list[np.ndarray] = []
+    sequences: list[np.ndarray] = []  # of each completion: the positions of its prompt, then its own
     for r, row in enumerate(rows):
         prompt = rollouts[row[0]].prompt.token_ids
         end = len(prompt)
-        input_ids[r, :end], positions[r, :end], segments[r, :end] = prompt, np.arange(end), PROMPT
-        for segment, i in enumerate(row):
+        input_ids[r, :end], positions[r, :end] = prompt, np.arange(end)
+        for i in row:
             inputs = rollouts[i].completion_ids[:-1]
             start, end = end, end + len(inputs)
-            input_ids[r, start:end], segments[r, start:end] = inputs, segment
+            input_ids[r, start:end] = inputs
             positions[r, start:end] = len(prompt) + np.arange(len(inputs))
-            predict.append(r * width + np.concatenate([[len(prompt) - 1], np.arange(start, end)]))
+            sequences.append(r * width + np.concatenate([np.arange(len(prompt)), np.arange(start, end)]))
+            predict.append(sequences[-1][len(prompt) - 1 :])
     members = [i for row in rows for i in row]
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
-        attention_mask=attention_mask(torch.from_numpy(segments)),
+        layout=_layout(sequences, input_ids.size) if len(members) > len(rows) else None,
         predict=torch.from_numpy(np.concatenate(predict)),
         token_ids=torch.from_numpy(np.concatenate([rollouts[i].completion_ids for i in members]).astype(np.int64)),
         sequence_ids=torch.repeat_interleave(torch.tensor([len(rollouts[i]) for i in members])),
@@ -121,18 +121,15 @@ def _collate(rollouts: Sequence[Rollout], rows: list[list[int]], pad_id: int) ->
     )
 
 
-def attention_mask(segments: torch.Tensor) -> torch.Tensor:
-    """Who sees whom: [R, L] segments -> [R, 1, L, L] bool. Causal; prompt and own segment only.
-
-    Padding sees itself, since a row of the mask without any True makes softmax NaN.
-    """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    prompt = (segments == PROMPT)[:, None, :]
-    real = (segments != PADDING)[:, None, :]
-    own = torch.eye(length, dtype=torch.bool, device=segments.device)
-    return ((causal & (same | prompt) & real) | own)[:, None]
+def _layout(sequences: list[np.ndarray], positions: int) -> Layout:
+    """The completions laid out alone, each padded at its end with position 0."""
+    longest = max(map(len, sequences))
+    gather = np.zeros((len(sequences), longest), np.int64)
+    scatter = np.zeros(positions, np.int64)
+    for s in reversed(range(len(sequences))):  # so that a prompt's positions point into its first completion
+        gather[s, : len(sequences[s])] = sequences[s]
+        scatter[sequences[s]] = s * longest + np.arange(len(sequences[s]))
+    return Layout(torch.from_numpy(gather), torch.from_numpy(scatter))
 
 
 def text_rollout(prompt: Prompt, completion_ids: Sequence[int], policy_version: int = 0) -> Rollout:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from onpolicy.attention import register
 from onpolicy.teachers.convert import resolve_model
 
 if TYPE_CHECKING:
@@ -45,13 +46,13 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal LM in evaluation mode, SDPA attention. ValueError when its head is not a plain matrix product."""
+    """A causal LM in evaluation mode, attention by SDPA. ValueError when its head is not a plain matrix product."""
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", **loading_options(path)
+            path, dtype=dtype, attn_implementation=register(), **loading_options(path)
         )
     except OSError as error:
         raise ValueError(f"cannot load the model '{name}': {error}") from error
@@ -80,11 +81,10 @@ def head_weight(model: nn.Module) -> torch.Tensor:
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Hidden states [N, D] that predict the batch's completion tokens: ``hidden @ head.T`` are their logits."""
     decoder = base_model(model).get_decoder()
+    shared = {} if batch.layout is None else {"shared_prompts": batch.layout}
+    # No mask: attention is causal, and padding stands at the end of its row.
     output = decoder(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **shared
     ).last_hidden_state
     return output.flatten(0, 1).index_select(0, batch.predict)
 
@@ -101,4 +101,22 @@ def check_linear_head(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not compute its logits as a plain matrix product of its last hidden states "
             "(a soft-capped, scaled or biased head); the bounded-memory loss would be wrong for it. Use a model with a "
             "plain output layer (Llama, Qwen, SmolLM, Mistral and most others have one)"
+        )
+
+
+@torch.no_grad()
+def check_shared_prompts(model: nn.Module) -> None:
+    """Refuse a model whose layers do not pass on how completions share a prompt: they would see one another."""
+    from onpolicy.batching import pack, text_rollout
+    from onpolicy.types import Prompt
+
+    prompt = Prompt("probe", (1, 2, 3))
+    together = pack([text_rollout(prompt, [4, 5, 6]), text_rollout(prompt, [7, 8, 9])], 100)[0]
+    alone = pack([text_rollout(prompt, [7, 8, 9])], 100)[0]
+    device = next(model.parameters()).device
+    shared, separate = (hidden_states(model, batch.to(device)).float() for batch in (together, alone))
+    if not torch.allclose(shared[3:], separate, rtol=0.1, atol=0.1 * separate.abs().mean().item()):
+        raise ValueError(
+            f"{type(base_model(model)).__name__} cannot compute a prompt once for several completions (its layers do "
+            "not pass attention arguments on); set batching.share_prompts: false"
         )

@@ -17,7 +17,7 @@ from onpolicy import checks
 from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, write_json
 from onpolicy.evaluate.heldout import HeldOut, heldout_params
 from onpolicy.metrics import JsonLines, Progress, peak_rss_gib
-from onpolicy.models import load_causal_lm
+from onpolicy.models import check_shared_prompts, load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
 from onpolicy.prepare import Prepared, has_vllm, plain
@@ -119,6 +119,9 @@ class Run:
         teacher_model = load_causal_lm(config.teacher.model, dtype, self.accelerator.device)
         self.student = build_student(config.student, teacher_model, self.accelerator.device)
         self.teacher = LocalTeacher(teacher_model)
+        if config.batching.share_prompts:
+            check_shared_prompts(teacher_model)
+            check_shared_prompts(self.student.model)
         self.heldout = self._held_out()
         trained = sum(p.numel() for p in self.student.trainable().values())
         checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
