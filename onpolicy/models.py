@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from onpolicy.attention import register
+from onpolicy.attention import NAME, register
 from onpolicy.teachers.convert import resolve_model
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def head_weight(model: nn.Module) -> torch.Tensor:
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:
     """Hidden states [N, D] that predict the batch's completion tokens: ``hidden @ head.T`` are their logits."""
     decoder = base_model(model).get_decoder()
+    # Another attention would ignore the layout in silence, and completions would see one another.
+    assert batch.layout is None or decoder.config._attn_implementation == NAME, "load models with load_causal_lm"
     shared = {} if batch.layout is None else {"shared_prompts": batch.layout}
     # No mask: attention is causal, and padding stands at the end of its row.
     output = decoder(

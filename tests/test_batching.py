@@ -92,3 +92,15 @@ def test_dataset_text_has_no_sampler_logprobs() -> None:
 def test_budget_must_be_positive() -> None:
     with pytest.raises(ValueError, match="token_budget must be at least 1"):
         pack([], 0)
+
+
+def test_a_model_that_drops_the_layout_is_refused(model, monkeypatch) -> None:
+    from onpolicy import models
+
+    models.check_shared_prompts(model)
+    plain = type(model.get_decoder()).forward
+    monkeypatch.setattr(
+        type(model.get_decoder()), "forward", lambda self, shared_prompts=None, **inputs: plain(self, **inputs)
+    )
+    with pytest.raises(ValueError, match="batching.share_prompts: false"):
+        models.check_shared_prompts(model)

@@ -76,7 +76,7 @@ def test_held_out_table(tmp_path: Path) -> None:
         "| Reverse KL | 9.000 | 0.500 |",
     ]
     assert text.count("| Forward KL | – | – |") == 2
-    assert "On up to 48 held-out prompts, completions of up to 96 tokens" in text
+    assert "On up to 32 held-out prompts, completions of up to 96 tokens" in text
 
 
 def test_without_evaluation_the_card_says_so(tmp_path: Path) -> None:

@@ -251,13 +251,13 @@ def test_a_model_that_ignores_the_mask_lets_samples_leak(settings, monkeypatch) 
     plain = models.base_model
 
     class Unmasked:
-        """A decoder that takes any attention mask and uses none but the causal one."""
+        """A decoder that does not pass on how completions share a prompt: attention is causal over the whole row."""
 
         def __init__(self, decoder):
-            self.decoder = decoder
+            self.decoder, self.config = decoder, decoder.config
 
-        def __call__(self, **inputs):
-            return self.decoder(**inputs | {"attention_mask": None})
+        def __call__(self, shared_prompts=None, **inputs):
+            return self.decoder(**inputs)
 
     class Model:
         def __init__(self, model):

@@ -40,6 +40,14 @@ def start(arguments: list[str]) -> subprocess.Popen:
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def complete(arguments: list[str]) -> str:
+    """Train in a process of its own, to the end; its output. Equal bits need equal threads, so all of them have one."""
+    process = start(arguments)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    return output
+
+
 def lines(directory: Path, name: str = "run") -> list[dict]:
     path = directory / name / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -53,7 +61,7 @@ def losses(directory: Path, name: str = "run") -> list[tuple]:
 def finished(tiny_settings, tmp_path_factory) -> Path:
     """One uninterrupted run, with everything it leaves."""
     directory = tmp_path_factory.mktemp("finished")
-    train(tiny_settings, directory)
+    complete(options(tiny_settings, directory))
     return directory
 
 
@@ -94,8 +102,7 @@ def test_the_resolved_config_reproduces_the_run(finished, tmp_path) -> None:
     saved = yaml.safe_load((finished / "run" / "config.yaml").read_text())
     saved["output_dir"] = str(tmp_path)
     (tmp_path / "again.yaml").write_text(yaml.safe_dump(saved))
-    config, resume = parse(["--config", str(tmp_path / "again.yaml")])
-    execute(prepare(config, resume))
+    complete(["--config", str(tmp_path / "again.yaml")])
     assert losses(tmp_path) == losses(finished)
 
 
@@ -114,9 +121,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_losses(finished, tiny_s
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert len(lines(tmp_path)) >= kill_after and not (tmp_path / "run" / "summary.json").exists()
-    resumed = start([*arguments, "--resume"])
-    output, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    output = complete([*arguments, "--resume"])
     assert output.strip().endswith("summary.json")
     assert losses(tmp_path) == losses(finished)
     ours, theirs = ((d / "run" / "summary.json").read_text() for d in (tmp_path, finished))
@@ -131,8 +136,7 @@ def test_interrupt_saves_and_exits_and_the_run_can_go_on(finished, tiny_settings
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "--resume" in errors and "Traceback" not in errors
-    resumed = start([*arguments, "--resume"])
-    assert resumed.communicate(timeout=120) and resumed.returncode == 0
+    complete([*arguments, "--resume"])
     assert losses(tmp_path) == losses(finished)
 
 
@@ -145,9 +149,7 @@ def test_a_damaged_checkpoint_falls_back_and_still_ends_the_same(finished, tiny_
     process.communicate()
     newest = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))[-1]
     (newest / "state.pt").write_bytes(b"damaged")
-    resumed = start([*arguments, "--resume"])
-    output, errors = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, errors
+    output = complete([*arguments, "--resume"])
     assert "is damaged" in output
     assert losses(tmp_path) == losses(finished)
 

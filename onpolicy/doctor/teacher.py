@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onpolicy.attention import register
 from onpolicy.batching import pack, text_rollout
 from onpolicy.config import BatchingConfig
 from onpolicy.doctor.findings import Finding
@@ -43,7 +44,7 @@ def load(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> L
     path = resolve_model(name)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", output_loading_info=True, **loading_options(path)
+            path, dtype=dtype, attn_implementation=register(), output_loading_info=True, **loading_options(path)
         )
     except OSError as error:
         raise ValueError(f"cannot load the model '{name}': {error}") from error

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 from onpolicy.rollouts.vllm_local import VLLMSampler
 from onpolicy.run import StoppedRun
 from onpolicy.types import Prompt, SamplingParams
-from tests.test_run import lines, losses, options, start, train
+from tests.test_run import complete, lines, losses, options, start, train
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +39,7 @@ def test_without_the_tied_head_repair_the_parity_check_stops_the_run(vllm_settin
 
 
 def test_killed_and_resumed_with_vllm_gives_the_same_losses(vllm_settings, tmp_path) -> None:
-    train(vllm_settings, tmp_path, name="whole")
+    complete(options(vllm_settings, tmp_path, name="whole"))
     arguments = options(vllm_settings, tmp_path, name="killed")
     process = start(arguments)
     deadline = time.time() + 200
@@ -47,9 +47,7 @@ def test_killed_and_resumed_with_vllm_gives_the_same_losses(vllm_settings, tmp_p
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    resumed = start([*arguments, "--resume"])
-    _, errors = resumed.communicate(timeout=200)
-    assert resumed.returncode == 0, errors
+    complete([*arguments, "--resume"])
     assert losses(tmp_path, "killed") == losses(tmp_path, "whole")
 
 
