@@ -174,7 +174,7 @@ class OptimConfig:
 class BatchingConfig:
     """How rollouts become tensors."""
 
-    token_budget: int = 1024
+    token_budget: int = 4096
     """Positions of one forward pass, padding included; bounds activation memory."""
     share_prompts: bool = True
     """Compute a prompt once for all its completions (needs a model that takes a 4-D attention mask)."""
