@@ -177,7 +177,7 @@ class BatchingConfig:
     token_budget: int = 4096
     """Positions of one forward pass, padding included; bounds activation memory."""
     share_prompts: bool = True
-    """Compute a prompt once for all its completions (needs a model that takes a 4-D attention mask)."""
+    """Compute a prompt once for all its completions (checked at start: the layers must pass attention arguments on)."""
 
 
 @dataclass
