@@ -1,0 +1,265 @@
+"""The fast forward pass: against transformers, and to the bit against itself in other company."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from spec.kv_cache import Pool
+from spec.models.base import Step
+from spec.models.decoder import Decoder
+from spec.models.linear import make_linear
+from spec.models.load import load
+from spec.models.transformers_model import TransformersModel
+from spec.models.weights import UnsupportedModel, read
+
+SIZES = {
+    "vocab_size": 80, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256,
+}  # fmt: skip
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),
+    "llama3-rope": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            **SIZES,
+            rope_parameters={
+                "rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+            },
+        )
+    ),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**{k: v for k, v in SIZES.items() if k != "head_dim"})),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES)),
+}  # fmt: skip
+
+
+def tiny(kind: str = "llama", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # norms and biases too: at their defaults a dropped one would not show
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.to(dtype)
+
+
+def step(tokens: list[list[int]], slots: list[int], starts: list[int], last_only: bool = False) -> Step:
+    lengths = np.array([len(ids) for ids in tokens])
+    rows = np.cumsum(lengths) - 1 if last_only else np.arange(lengths.sum())
+    flat = torch.tensor([token for ids in tokens for token in ids])
+    return Step(flat, np.array(slots), np.array(starts), lengths, rows)
+
+
+def ids(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], count).tolist()
+
+
+def alone(model: Decoder, tokens: list[int]) -> torch.Tensor:
+    slot = model.open(len(tokens))
+    assert slot is not None
+    logits = model.forward(step([tokens], [slot], [0]))
+    model.close(slot)
+    return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_is_transformers(kind: str) -> None:
+    model = tiny(kind)
+    tokens = ids(40)
+    expected = model(torch.tensor([tokens])).logits[0].detach()
+    torch.testing.assert_close(alone(Decoder(read(model, kind)), tokens), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_as_near_to_float32_as_transformers_bf16(kind: str) -> None:
+    low = tiny(kind, torch.bfloat16)
+    tokens = ids(70)
+    with torch.no_grad():
+        theirs = low(torch.tensor([tokens])).logits[0].float()
+        exact = tiny(kind, torch.bfloat16).float()(torch.tensor([tokens])).logits[0]
+    ours = alone(Decoder(read(low, kind)), tokens)
+    assert (ours - exact).norm() <= 1.1 * (theirs - exact).norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_steps_of_any_shape_give_the_same_logits(dtype: torch.dtype) -> None:
+    """Prefill in chunks, drafts rejected and written over, sequences in company: as one pass alone."""
+    model = Decoder(read(tiny(dtype=dtype), "tiny"), cache_tokens=512)
+    one, two = ids(60), ids(25, 1)
+    expected_one, expected_two = alone(model, one), alone(model, two)
+    a, b = model.open(70), model.open(70)
+    assert a is not None and b is not None
+    parts = [model.forward(step([one[:23], two[:3]], [a, b], [0, 0]))]
+    model.forward(step([[7, 7, 7], [9] * 5], [a, b], [23, 3]))  # rejected
+    parts.append(model.forward(step([two[3:20], one[23:24]], [b, a], [3, 23])))
+    parts.append(model.forward(step([one[24:], two[20:]], [a, b], [24, 20])))
+    got_one = torch.cat([parts[0][:23], parts[1][17:], parts[2][:36]])
+    got_two = torch.cat([parts[0][23:], parts[1][:17], parts[2][36:]])
+    tolerance = {"rtol": 0.0, "atol": 0.0} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(got_one, expected_one, **tolerance)
+    torch.testing.assert_close(got_two, expected_two, **tolerance)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantised_models_do_not_depend_on_company_either(quantization) -> None:
+    model = Decoder(read(tiny(dtype=torch.bfloat16), "tiny"), quantization=quantization)
+    tokens = ids(40)
+    whole = alone(model, tokens)
+    a, b = model.open(50), model.open(50)
+    assert a is not None and b is not None
+    model.forward(step([tokens[:9]], [a], [0]))
+    rest = model.forward(step([ids(11, 3), tokens[9:]], [b, a], [0, 9]))[11:]
+    assert torch.equal(rest, whole[9:])
+
+
+def test_a_fork_shares_what_was_computed() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        model = Decoder(read(tiny(dtype=dtype), "tiny"))
+        tokens = ids(45)
+        expected = alone(model, tokens)
+        source, target = model.open(50), model.open(50)
+        assert source is not None and target is not None
+        model.forward(step([tokens[:37]], [source], [0]))
+        model.fork(source, target, 37)
+        model.forward(step([[1] * 5], [source], [30]))  # what the source does later is its own
+        got = model.forward(step([tokens[37:]], [target], [37]))
+        torch.testing.assert_close(got, expected[37:], rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_of_an_earlier_sequence_is_left_in_a_slot() -> None:
+    model = Decoder(read(tiny(dtype=torch.bfloat16), "tiny"), cache_tokens=64)
+    tokens = ids(30)
+    expected = alone(model, tokens)
+    for keys, values in zip(model._ops._keys, model._ops._values, strict=True):  # type: ignore[attr-defined]
+        keys[:], values[:] = 0x7FC0, 0x7FC0  # NaN: 0 * NaN would be seen
+    assert torch.equal(alone(model, tokens), expected)
+
+
+def test_only_wanted_rows_and_only_the_vocabulary() -> None:
+    model = tiny(dtype=torch.bfloat16)
+    tokens = ids(20)
+    everything = alone(Decoder(read(model, "tiny")), tokens)
+    vocabulary = torch.tensor([3, 17, 40, 41, 79])
+    small = Decoder(read(model, "tiny"), vocabulary=vocabulary)
+    assert small.vocab_size == 5
+    slot = small.open(20)
+    assert slot is not None
+    got = small.forward(step([tokens], [slot], [0], last_only=True))
+    torch.testing.assert_close(got, everything[-1:, vocabulary], rtol=0, atol=0)
+
+
+def test_quantised_products_are_those_of_the_rounded_weights() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(64, 96).bfloat16(), torch.randn(5, 96).bfloat16()
+    exact = x.float() @ weight.float().T
+    # Half a step of 255 (of 15) over a row's (a group's) range, root mean square, per weight.
+    for quantization, bound in (("int8", 0.02), ("int4", 0.15)):
+        off = (make_linear(weight, quantization=quantization)(x).float() - exact).norm() / exact.norm()
+        assert 1e-4 < off < bound, quantization
+    with pytest.raises(ValueError, match="multiple of 32"):
+        make_linear(weight[:, :50], quantization="int4")
+    with pytest.raises(ValueError, match="bf16 model on a CPU"):
+        make_linear(weight.float(), quantization="int8")
+    with pytest.raises(ValueError, match="choose one of none, int8, int4"):
+        make_linear(weight, quantization="int3")  # type: ignore[arg-type]
+
+
+def test_bias_is_added_in_every_kind() -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(32, 64).bfloat16(), torch.randn(32).bfloat16(), torch.zeros(3, 64).bfloat16()
+    for quantization in ("none", "int8", "int4"):
+        assert torch.equal(make_linear(weight, bias, quantization)(x), bias.expand(3, -1))  # type: ignore[arg-type]
+
+
+def test_models_it_does_not_know_are_named() -> None:
+    sliding = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
+    with pytest.raises(UnsupportedModel, match="sliding window"):
+        read(sliding, "m")
+    config = LlamaConfig(**SIZES, attention_bias=True)
+    with pytest.raises(UnsupportedModel, match="biases"):
+        read(LlamaForCausalLM(config), "m")
+
+
+def test_loading(tmp_path) -> None:
+    tiny(dtype=torch.bfloat16).save_pretrained(tmp_path / "llama")
+    model = load(tmp_path / "llama", device="cpu")
+    assert isinstance(model, Decoder) and model.num_parameters == sum(p.numel() for p in tiny().parameters())
+    MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)).save_pretrained(tmp_path / "sliding")
+    with pytest.warns(UserWarning, match="several times slower: it attends to a sliding window"):
+        assert isinstance(load(tmp_path / "sliding", device="cpu"), TransformersModel)
+    with pytest.raises(ValueError, match="no fast forward pass"):
+        load(tmp_path / "sliding", device="cpu", quantization="int8")
+    with pytest.raises(ValueError, match="no such model directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_a_model_with_a_hidden_difference_is_refused(tmp_path, monkeypatch) -> None:
+    tiny(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr("spec.models.weights._norm", lambda module: torch.ones_like(module.weight).float())
+    with pytest.raises(ValueError, match="differs from transformers' by"):
+        load(tmp_path, device="cpu")
+
+
+def test_capacity() -> None:
+    model = Decoder(read(tiny(), "tiny"), cache_tokens=64)
+    with pytest.raises(ValueError, match="more than the 64 positions"):
+        model.open(65)
+    first, second = model.open(40), model.open(10)
+    assert first is not None and second is not None and model.open(20) is None
+    model.close(first)
+    assert model.open(40) == first
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 90)), max_size=60))
+def test_pool_spans_never_overlap_and_all_come_back(actions: list[tuple[bool, int]]) -> None:
+    pool = Pool(200)
+    held = []
+    for allocate, number in actions:
+        if allocate:
+            span = pool.allocate(number)
+            if span is not None:
+                assert span.length >= number and span.start % 16 == 0 and span.start + span.length <= 192
+                held.append(span)
+        elif held:
+            pool.release(held.pop(number % len(held)))
+        taken = sorted((span.start, span.start + span.length) for span in held)
+        assert all(a[1] <= b[0] for a, b in pairwise(taken))
+        assert pool.free == 192 - sum(span.length for span in held)
+    for span in held:
+        pool.release(span)
+    assert pool.allocate(192) is not None
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (48, 1536)])
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(shape) -> None:
+    torch.manual_seed(0)
+    linear, x = make_linear(torch.randn(shape).bfloat16()), torch.randn(300, shape[1]).bfloat16()
+    alone = torch.cat([linear(row[None]) for row in x])
+    for rows in (2, 5, 16, 33, 300):
+        assert torch.equal(linear(x[:rows]), alone[:rows])
+
+
+def test_products_in_tiles_are_the_same_products(monkeypatch) -> None:
+    """On machines whose kernels agree for no numbers of rows."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(41, 64).bfloat16()
+    expected = make_linear(weight)(x)
+    monkeypatch.setattr("spec.models.linear._agreements", {(32, 64): (16, 16)})
+    assert torch.equal(make_linear(weight)(x), expected)
