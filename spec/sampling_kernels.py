@@ -59,7 +59,9 @@ def drop_below(scaled: Tensor, floor: Tensor) -> Tensor:
     from spec import sampling_numba
 
     out = torch.empty_like(scaled, memory_format=torch.contiguous_format)
-    flat = (tensor.detach().contiguous().numpy() for tensor in (scaled.flatten(0, -2), floor.flatten()))
+    flat = (
+        tensor.detach().contiguous().numpy() for tensor in (scaled.reshape(-1, scaled.shape[-1]), floor.reshape(-1))
+    )
     sampling_numba.drop_below(*flat, out.view(-1, scaled.shape[-1]).numpy())
     return out
 

@@ -193,6 +193,9 @@ def test_leading_shapes_and_dtypes() -> None:
     for i, j in itertools.product(range(2), range(3)):
         alone = processed_logprobs(logits[i, j][None], temperature=float(heat[i, 0]), top_k=int(top_k[j]))[0]
         torch.testing.assert_close(law[i, j], alone)
+        torch.testing.assert_close(
+            processed_logprobs(logits[i, j], top_p=0.7), processed_logprobs(logits[i, j][None], top_p=0.7)[0]
+        )
     assert processed_logprobs(logits.bfloat16()).dtype == torch.float32
     exact = processed_logprobs(logits.double(), temperature=0.7, top_p=0.8)
     torch.testing.assert_close(exact.exp().sum(-1), torch.ones(2, 3, dtype=torch.float64), rtol=0, atol=1e-14)

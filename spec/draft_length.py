@@ -1,0 +1,259 @@
+"""How many tokens to draft next: a fixed number, or what past acceptance and measured costs make fastest.
+
+Exactness. Given the text so far, a verification step commits tokens with the target's law whatever its draft length
+K, as long as K is settled before the step's noise is looked at. A policy here sees committed text, past acceptance and
+past timings, all settled before the step; and DRAFT and ACCEPT draws are keyed by the round, so the step's noise is
+independent of them (block verification has looked at draws of positions that are now drafted anew; they are not used
+again). So every step has the target's law given the past, and by induction the text has it too. Past acceptance tells
+something about the text already committed, never about the text to come. tests/test_draft_length.py sums the joint law
+over every path for policies that depend on past acceptance as perversely as they can.
+
+Shape legend: B sequences of a step, K_b drafted tokens of sequence b, N = sum(K_b + 1) target rows, L longest draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from spec.drafters.base import Context
+from spec.step_costs import StepCosts
+
+
+class DraftLength(Protocol):
+    """Decides the draft lengths of every verification step. Not thread-safe: one engine drives it."""
+
+    def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
+        """[B] draft lengths of the next step, ``0 <= K_b <= limits[b]``; the drafter may still propose fewer."""
+
+    def observe(
+        self,
+        contexts: Sequence[Context],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds_target: float | None,
+        seconds_draft: float | None,
+    ) -> None:
+        """What became of that step, plain ones (all K_b = 0) included: [B] drafted and accepted tokens.
+
+        ``seconds_target`` is the target's forward with verification, ``seconds_draft`` the whole proposal; None where
+        they are not comparable, as in a step that also took in a prompt. Such a step is still to be observed, or what
+        a sequence learns would depend on who else is in the batch.
+        """
+
+    def forget(self, context: Context) -> None:
+        """The sequence ended."""
+
+
+class Fixed:
+    """The same length always; 0 is plain decoding."""
+
+    def __init__(self, length: int) -> None:
+        """Raises ValueError for a negative length."""
+        if length < 0:
+            raise ValueError(f"draft length {length}: must be at least 0; use 0 for plain decoding")
+        self.length = length
+
+    def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
+        return [min(self.length, limit) for limit in limits]
+
+    def observe(
+        self,
+        contexts: Sequence[Context],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds_target: float | None,
+        seconds_draft: float | None,
+    ) -> None:
+        """Nothing is learnt."""
+
+    def forget(self, context: Context) -> None:
+        """Nothing is kept."""
+
+
+class Adaptive:
+    """The lengths with the most expected tokens a second, for the whole batch at once.
+
+    Acceptance is estimated for each position of a draft from discounted counts of the sequence's own past, starting
+    from that of all sequences so far; costs are running medians (:class:`spec.step_costs.StepCosts`). Where drafting
+    does not pay the length is 0. Every ``probe_every`` rounds a sequence drafts one token more than seems best, and
+    again in the next round as long as all of it is accepted: so it recovers. The costs of plain steps are refreshed by
+    one plain step in ``probe_every``.
+
+    Measured costs, and acceptance shared among sequences, make the text of a sampled request exact in law but *not*
+    reproducible: timings differ from run to run, and with them the lengths. With ``costs`` fixed, a sequence's lengths
+    follow from its own past alone: the same seed gives the same text, alone or in a batch.
+    """
+
+    def __init__(
+        self,
+        max_length: int = 8,
+        costs: tuple[float, float] | None = None,
+        *,
+        prior: float = 0.7,
+        memory: float = 30.0,
+        probe_every: int = 32,
+    ) -> None:
+        """
+        Args:
+            max_length: L.
+            costs: seconds (or any unit: only their ratio counts) of drafting one token and of one target step; None
+                measures them while running.
+            prior: acceptance of a token before anything is known; worth two observations.
+            memory: about how many observations of a position count; older ones fade.
+            probe_every: rounds from one probe to the next.
+
+        Raises ValueError for a value outside its range.
+        """
+        if max_length < 0:
+            raise ValueError(f"max_length={max_length}: must be at least 0; use 0 for plain decoding")
+        if costs is not None and not (costs[0] >= 0 and costs[1] > 0):
+            raise ValueError(f"costs={costs}: need draft seconds >= 0 and target seconds > 0")
+        if not 0 <= prior <= 1:
+            raise ValueError(f"prior={prior}: must be in [0, 1]; it is an acceptance rate")
+        if not memory >= 1 or probe_every < 2:
+            raise ValueError(f"memory={memory}, probe_every={probe_every}: must be at least 1 and 2")
+        self.max_length, self.costs = max_length, costs
+        self.memory, self.probe_every = memory, probe_every
+        self._prior = np.full(max_length, prior)
+        self._everyone = Acceptance(max_length, 10 * memory)
+        self._sequences: dict[int, _Sequence] = {}
+        self._measured = StepCosts()
+        self._steps = 0
+
+    def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
+        states = [self._sequence(context) for context in contexts]
+        allowed = [min(limit, self.max_length) for limit in limits]
+        if self.costs is not None:
+            best = best_lengths_alone(self._survival(states, self._prior), allowed, *self.costs).tolist()
+        elif self._plain_step_due():
+            return [0] * len(contexts)
+        else:
+            survival = self._survival(states, self._everyone.rates(self._prior))
+            costs = self._measured
+            best = best_lengths(survival, allowed, costs.draft_token(), costs.target).tolist()
+        return [
+            state.next_length(length, limit, self.probe_every)
+            for state, length, limit in zip(states, best, allowed, strict=True)
+        ]
+
+    def observe(
+        self,
+        contexts: Sequence[Context],
+        drafted: Sequence[int],
+        accepted: Sequence[int],
+        seconds_target: float | None,
+        seconds_draft: float | None,
+    ) -> None:
+        for context, offered, passed in zip(contexts, drafted, accepted, strict=True):
+            self._sequence(context).observe(offered, passed, self.probe_every)
+            self._everyone.observe(offered, passed)
+        if seconds_target is not None and seconds_draft is not None:
+            self._measured.observe(sum(drafted) + len(drafted), seconds_target, max(drafted, default=0), seconds_draft)
+
+    def forget(self, context: Context) -> None:
+        self._sequences.pop(context.id, None)
+
+    def _sequence(self, context: Context) -> _Sequence:
+        if context.id not in self._sequences:
+            self._sequences[context.id] = _Sequence(Acceptance(self.max_length, self.memory))
+        return self._sequences[context.id]
+
+    @staticmethod
+    def _survival(states: Sequence[_Sequence], prior: np.ndarray) -> np.ndarray:
+        return np.stack([state.acceptance.survival(prior) for state in states])
+
+    def _plain_step_due(self) -> bool:
+        self._steps += 1
+        return self._steps % self.probe_every == 2 % self.probe_every  # the first step also took in a prompt
+
+
+class _Sequence:
+    """What :class:`Adaptive` keeps of one sequence."""
+
+    def __init__(self, acceptance: Acceptance) -> None:
+        self.acceptance = acceptance
+        self._rounds = 0  # since the last probe
+        self._probing = False  # the length of the last round was a probe
+
+    def next_length(self, best: int, limit: int, probe_every: int) -> int:
+        self._rounds += 1
+        self._probing = self._rounds >= probe_every and best < limit
+        if self._probing:
+            self._rounds = 0
+        return best + self._probing
+
+    def observe(self, drafted: int, accepted: int, probe_every: int) -> None:
+        self.acceptance.observe(drafted, accepted)
+        if self._probing and accepted == drafted:
+            self._rounds = probe_every  # and so again
+        self._probing = False
+
+
+class Acceptance:
+    """Discounted counts of drafted tokens by position: reached (all before it accepted) and passed."""
+
+    def __init__(self, positions: int, memory: float) -> None:
+        self._keep = 1 - 1 / memory
+        self._reached, self._passed = np.zeros(positions), np.zeros(positions)
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        """A step that drafted so many tokens and accepted the first so many of them."""
+        assert 0 <= accepted <= drafted
+        reached = slice(0, min(accepted + 1, drafted))
+        self._reached[reached] = self._keep * self._reached[reached] + 1
+        self._passed[reached] *= self._keep
+        self._passed[:accepted] += 1
+
+    def rates(self, prior: np.ndarray, weight: float = 2.0) -> np.ndarray:
+        """[L] chance that a position passes once reached, with ``prior`` [L] worth ``weight`` observations."""
+        return (self._passed + weight * prior) / (self._reached + weight)
+
+    def survival(self, prior: np.ndarray) -> np.ndarray:
+        """[L] chance that a position and all before it pass: never increasing."""
+        return self.rates(prior).cumprod()
+
+
+def best_lengths_alone(survival: np.ndarray, limits: Sequence[int], draft_token: float, target: float) -> np.ndarray:
+    """[B] draft lengths that maximise each sequence's own expected tokens a second, the shortest of equals.
+
+        (1 + sum_{i <= K} S_i) / (T + d K)
+
+    Args: as for :func:`best_lengths`, but the seconds T of a target step are the same for any number of rows.
+    """
+    lengths = np.arange(survival.shape[1] + 1)
+    tokens = 1 + np.pad(survival.cumsum(1), ((0, 0), (1, 0)))
+    rates = tokens / (target + draft_token * lengths)
+    return np.where(lengths <= np.asarray(limits)[:, None], rates, -1.0).argmax(1)
+
+
+def best_lengths(
+    survival: np.ndarray, limits: Sequence[int], draft_token: float, target: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """[B] draft lengths that maximise expected tokens a second of one step, the fewest drafted tokens of equals.
+
+        (B + sum_b sum_{i <= K_b} S_bi) / (T(B + sum_b K_b) + d max_b K_b)
+
+    Drafting is batched, so its cost d is per token of the longest draft. Exact: for a given longest draft and a given
+    number of rows the best choice is the tokens likeliest to survive, and every such pair is looked at.
+
+    Args:
+        survival: [B, L] chance that a position and all before it are accepted, never increasing along a row.
+        limits: [B] longest draft of each sequence, at most L.
+        draft_token: d, seconds. target: T, seconds of a target step from a number of rows, elementwise.
+    """
+    batch, longest = survival.shape
+    allowed = np.arange(longest) < np.asarray(limits)[:, None]
+    best_rate, best = batch / float(target(np.array([batch]))[0]), np.zeros(batch, dtype=np.int64)
+    for length in range(1, max(limits, default=0) + 1):
+        who, where = np.nonzero(allowed[:, :length])
+        order = np.lexsort((where, -survival[who, where]))  # of equal chances the earlier position: prefixes stay whole
+        gained = batch + survival[who, where][order].cumsum()
+        rates = gained / (target(batch + 1 + np.arange(len(order))) + draft_token * length)
+        most = rates.max(initial=0.0)
+        if most > best_rate:
+            best_rate, chosen = most, order[: int(rates.argmax()) + 1]
+            best = np.bincount(who[chosen], minlength=batch)
+    return best

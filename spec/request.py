@@ -1,0 +1,127 @@
+"""What goes into the engine and what comes out."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from spec.params import Params
+from spec.random import philox
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt. ``n`` samples of it share its prefill; sample i draws from :func:`sample_seed` (params.seed, i)."""
+
+    prompt_ids: Sequence[int]  # token ids, chat template already applied
+    params: Params = field(default_factory=Params)
+    max_tokens: int = 128
+    stop: tuple[str, ...] = ()  # texts that end the output and are not part of its text (their tokens are kept)
+    stop_token_ids: tuple[int, ...] | None = None  # None: the model's end-of-text tokens; () for none
+    n: int = 1
+    logprobs: int | None = None  # None: none; 0: the sampled token's; k: also the k most probable
+    draft_length: int | None = None  # None: as the engine is set up; 0: plain decoding; k: always k
+
+    def check(self, vocabulary: int, max_positions: int, *, has_text: bool = True) -> None:
+        """Raises ValueError, naming the remedy, for what a model of ``vocabulary`` and ``max_positions`` cannot do.
+
+        ``has_text``: whether the engine has a tokenizer, without which it cannot see stop strings.
+        """
+        if not len(self.prompt_ids):
+            raise ValueError("the prompt is empty: give at least one token, for example the beginning-of-text token")
+        if len(self.prompt_ids) >= max_positions:
+            raise ValueError(
+                f"the prompt has {len(self.prompt_ids)} tokens and the model a context of {max_positions}: shorten it "
+                f"to at most {max_positions - 1}, so that one token fits after it"
+            )
+        try:
+            outside = [token for token in self.prompt_ids if not 0 <= operator.index(token) < vocabulary]
+        except TypeError:
+            raise ValueError("the prompt is not a list of token ids: encode it with the target's tokenizer") from None
+        if outside:
+            raise ValueError(
+                f"prompt token {outside[0]} is outside the vocabulary of {vocabulary}: encode the prompt with the "
+                "target's tokenizer"
+            )
+        for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0), ("draft_length", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}{_INSTEAD.get(name, '')}")
+        if self.logprobs is not None and self.logprobs > vocabulary:
+            raise ValueError(f"logprobs={self.logprobs}: the vocabulary has {vocabulary} tokens")
+        if isinstance(self.stop, str):
+            raise ValueError(f"stop={self.stop!r} is one text: give a tuple of texts, ({self.stop!r},)")
+        if "" in self.stop:
+            raise ValueError("an empty stop string would end every text at once: remove it")
+        if self.stop and not has_text:
+            raise ValueError("stop strings need a tokenizer: give one to Engine(tokenizer=...), or use stop_token_ids")
+        self.params.check_vocabulary(vocabulary)
+
+
+_INSTEAD = {"draft_length": "; use 0 for plain decoding", "logprobs": "; use None for no log-probs"}
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample ``index`` of a request: ``seed`` itself for the first, else 64 random bits.
+
+    The bits are the first two words of Philox4x32-10 with key ``seed`` and counter (index, 0, 0, 0): a counter whose
+    third word no :class:`spec.random.Purpose` has, so these bits are no draw of any request with the same seed.
+    """
+    if index == 0:
+        return seed
+    low, high, _, _ = philox(index, 0, 0, 0, seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
+    return high << 32 | low
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log-probability of a committed token under the target, nats; of which distribution: Engine(logprobs=...)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (token id, logprob), most probable first
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a streaming callback gets: one committed token, or (without a token) the end by cancellation or error."""
+
+    sample: int  # index of the sample, in range(n)
+    token_id: int | None
+    from_draft: bool = False
+    text: str = ""  # what the token adds to the text; text that may yet become a stop string comes later, or never
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None  # on the last event of the sample
+    error: str | None = None
+
+
+@dataclass
+class Completion:
+    """One sample of a request.
+
+    ``drafted`` and ``accepted`` count what was verified; where a stop cuts a block, what came after it is in neither.
+    """
+
+    token_ids: list[int] = field(default_factory=list)  # a stop token included
+    text: str = ""  # without special tokens and without what stopped it; empty if the engine has no tokenizer
+    from_draft: list[bool] = field(default_factory=list)  # of each token: proposed by the drafter, or the target's own
+    logprobs: list[TokenLogprob] | None = None
+    finish_reason: FinishReason | None = None  # None while it runs
+    error: str | None = None
+    target_steps: int = 0  # target forward passes that committed tokens of this sample
+    drafted: list[int] = field(default_factory=list)  # by position in the block: how often a token was drafted there
+    accepted: list[int] = field(default_factory=list)  # and how often it was committed
+
+
+@dataclass
+class Result:
+    """What a request came to, samples in order."""
+
+    request: Request
+    completions: list[Completion]
+    seconds_to_first_token: float | None = None  # from add() to the first token of any sample
+    seconds: float = 0.0  # from add() to the end of the last sample

@@ -1,0 +1,118 @@
+"""Which sequences run, and how much of each enters the next forward pass: continuous batching.
+
+Prefill and decoding are one thing here: a running sequence has tokens that the target has not cached yet, one while it
+decodes and many while its prompt is read. Every pass takes all decoding sequences and up to ``prefill_tokens`` of
+prompts. The part of a sequence that reaches its end also carries drafts and gets a verdict; so a prompt's last tokens
+and the first drafts share a pass, and nothing depends on where a prompt was cut.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from spec.drafters.base import Drafter
+from spec.models.base import LanguageModel
+from spec.sequence import Sample
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A sequence's part of the next forward pass."""
+
+    sample: Sample
+    tokens: int  # of its pending ones, the first
+    speaks: bool  # these are all of them: drafts follow, and a verdict
+    prefill: bool
+
+
+class Scheduler:
+    """Waiting and running sequences, first come first served, and the slots the running ones hold."""
+
+    def __init__(self, target: LanguageModel, drafter: Drafter | None, max_running: int, prefill_tokens: int):
+        self._target, self._drafter = target, drafter
+        self._max_running, self._prefill_tokens = max_running, prefill_tokens
+        self._waiting: deque[Sample] = deque()
+        self._running: list[Sample] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._running)
+
+    def add(self, samples: list[Sample]) -> None:
+        """They wait for room."""
+        self._waiting.extend(samples)
+
+    def admit(self) -> list[tuple[Sample, str]]:
+        """Starts waiting sequences while there is room; returns those that can never start, with the reason.
+
+        Samples of one request wait for one of them to have read the prompt; others may overtake them meanwhile.
+        """
+        refused: list[tuple[Sample, str]] = []
+        put_off: list[Sample] = []
+        while self._waiting and len(self._running) < self._max_running:
+            sample = self._waiting.popleft()
+            reader = next((other for other in self._running if other.task is sample.task), None)
+            if reader is not None and reader.cached < _shared(sample):
+                put_off.append(sample)
+                continue
+            try:
+                started = self._start(sample, reader)
+            except ValueError as error:
+                refused.append((sample, str(error)))
+                continue
+            if not started:
+                put_off.append(sample)
+                break
+        self._waiting.extendleft(reversed(put_off))
+        return refused
+
+    def plan(self) -> list[Turn]:
+        """The next forward pass: every decoding sequence, and prompts as far as the budget goes."""
+        turns, budget = [], self._prefill_tokens
+        for sample in self._running:
+            pending = sample.pending
+            if pending == 1:
+                turns.append(Turn(sample, 1, True, False))
+            elif budget:
+                tokens = min(pending, budget)
+                budget -= tokens
+                turns.append(Turn(sample, tokens, tokens == pending, True))
+        return turns
+
+    def release(self, sample: Sample) -> None:
+        """It ended, wherever it was: its slots are free at once."""
+        if sample in self._running:
+            self._running.remove(sample)
+            self._target.close(sample.slot)
+            if sample.drafting and self._drafter is not None:
+                self._drafter.close(sample.context)
+        elif sample in self._waiting:
+            self._waiting.remove(sample)
+
+    def _start(self, sample: Sample, reader: Sample | None) -> bool:
+        """False while there is no room. Raises ValueError where there never will be."""
+        context = sample.context
+        slot = self._target.open(context.capacity)
+        if slot is None and not self._running:
+            raise ValueError(
+                f"{self._target.name} has no room for {context.capacity} tokens although nothing runs: ask for fewer "
+                "max_tokens, or give its cache more memory"
+            )
+        if slot is None:
+            return False
+        if self._drafter is not None and sample.task.request.draft_length != 0:
+            sample.drafting = self._drafter.open(context)
+            if not sample.drafting and self._running:
+                self._target.close(slot)
+                return False
+        if reader is not None:
+            self._target.fork(reader.slot, slot, _shared(sample))
+            sample.cached = _shared(sample)
+        sample.slot = slot
+        self._running.append(sample)
+        return True
+
+
+def _shared(sample: Sample) -> int:
+    """Tokens of a prompt that samples share; the last is each one's own, for the logits it gives."""
+    return len(sample.context.prompt_ids) - 1

@@ -1,0 +1,302 @@
+"""Draft lengths that follow past acceptance leave the law of the text alone, and find the fastest length."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spec.draft_length import Adaptive, DraftLength, Fixed, best_lengths, best_lengths_alone
+from spec.drafters.base import Context
+from spec.params import Params
+from spec.random import Purpose, block_uniforms, uniforms
+from spec.stats import best_draft_length, block_efficiency, predicted_speedup
+from spec.step_costs import StepCosts, rounded
+from spec.verify import Drafts, Mode, laws, length_law, sample, verify
+from tests.test_verify import MODES, Table, chi_square, table, target_law
+
+Tokens = tuple[int, ...]
+History = tuple[tuple[int, int], ...]  # (drafted, accepted) of every round
+Policy = Callable[[Tokens, History], int]
+V = 3
+
+
+def rounds_law(
+    target: Table, draft: Table, policy: Policy, size: int, mode: Mode, kept: Callable[[Tokens], Tokens] = lambda x: x
+) -> np.ndarray:
+    """[V^size] the law of the first tokens of a text decoded round by round: a sum over every path."""
+    law: dict[Tokens, float] = defaultdict(float)
+    paths: dict[tuple[Tokens, History], float] = {((), ()): 1.0}  # a path has one parent: its history tells where
+    while paths:
+        (text, history), mass = paths.popitem()
+        if len(text) >= size:
+            law[text[:size]] += mass
+            continue
+        drawn = list(itertools.product(range(V), repeat=policy(text, history)))
+        chances = [np.prod([draft(text + block[:i])[x] for i, x in enumerate(block)]) for block in drawn]
+        for (block, tau, token), share in step_law(
+            target, draft, text, [kept(block) for block in drawn], chances, mode
+        ):
+            path = (*text, *block[:tau], token), (*history, (len(block), tau))
+            paths[path] = paths.get(path, 0.0) + mass * share
+    return np.array([law[text] for text in itertools.product(range(V), repeat=size)])
+
+
+def step_law(
+    target: Table, draft: Table, text: Tokens, blocks: list[Tokens], chances: list[float], mode: Mode
+) -> list[tuple[tuple[Tokens, int, int], float]]:
+    """What a verification step of each block can come to, with its chance: (block, accepted, last token)."""
+    rows = torch.tensor(np.array([target(text + block[:i]) for block in blocks for i in range(len(block) + 1)]))
+    ids = torch.tensor([x for block in blocks for x in block], dtype=torch.long)
+    probs = torch.tensor(np.array([draft(text + block[:i]) for block in blocks for i in range(len(block))]))
+    accept, last = laws(rows, Drafts(ids, [len(b) for b in blocks], probs.reshape(len(ids), V)), mode=mode)
+    outcomes, at = [], 0
+    for b, (block, chance) in enumerate(zip(blocks, chances, strict=True)):
+        for tau, share in enumerate(length_law(accept[at : at + len(block)], mode).tolist()):
+            weights = last[at + b + tau].tolist()
+            outcomes += [((block, tau, token), chance * share * weight) for token, weight in enumerate(weights)]
+        at += len(block)
+    return outcomes
+
+
+def adaptive(text: Tokens, history: History) -> int:
+    """What :class:`Adaptive` decides after such a history, with a short memory and frequent probes."""
+    policy, context = Adaptive(3, (0.3, 1.0), memory=2, probe_every=2), Context(0, Params(), ())
+    for drafted, accepted in history:
+        policy.lengths([context], [3])
+        policy.observe([context], [drafted], [accepted], None, None)
+    return policy.lengths([context], [3])[0]
+
+
+POLICIES: dict[str, Policy] = {
+    "far after a rejection, nothing after success": lambda text, past: (
+        2 if not past or past[-1][1] < past[-1][0] else 0
+    ),
+    "quits while ahead": lambda text, past: 0 if sum(tau for _, tau in past) >= 2 else 2,
+    "insists after failure": lambda text, past: min(1 + sum(k - tau for k, tau in past), 3),
+    "by the text too": lambda text, past: (sum(text) + 2 * sum(tau for _, tau in past) + len(past)) % 4,
+    "Adaptive": adaptive,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_joint_law_is_the_targets_for_any_use_of_the_past(name: str, mode: Mode) -> None:
+    target, draft = table(V, 41), table(V, 42)
+    used = set()
+
+    def policy(text: Tokens, history: History) -> int:
+        used.add(length := POLICIES[name](text, history))
+        return length
+
+    law = rounds_law(target, draft, policy, 4, mode)
+    assert np.abs(law - target_law(target, V, 4)).max() < 1e-12
+    assert len(used) > 1  # it did adapt
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_length_that_has_seen_the_drawn_tokens_is_not_exact(mode: Mode) -> None:
+    """The sum over paths notices: here drafts are cut before their first token 0."""
+    target, draft = table(V, 41), table(V, 42)
+    law = rounds_law(
+        target, draft, lambda text, past: 2, 3, mode, lambda block: block[: block.index(0)] if 0 in block else block
+    )
+    assert abs(law.sum() - 1) < 1e-12
+    assert np.abs(law - target_law(target, V, 3)).max() > 1e-3
+
+
+def drawn_texts(round_of: Callable[[int], int], requests: int) -> np.ndarray:
+    """[27] counts of three tokens drawn under the real random streams, lengths after past acceptance."""
+    target, draft = table(V, 31), table(V, 32)
+    texts: list[Tokens] = [()] * requests
+    missed = [0] * requests
+    step = 0
+    while open_ := [b for b in range(requests) if len(texts[b]) < 3]:
+        step += 1
+        starts = [len(texts[b]) for b in open_]
+        lengths = [1 + (missed[b] > 0) for b in open_] if step > 1 else [2] * len(open_)
+        blocks: list[Tokens] = [()] * len(open_)
+        for i in range(2):
+            going = [j for j, length in enumerate(lengths) if length > i]
+            q = torch.tensor(np.array([draft(texts[open_[j]] + blocks[j]) for j in going]))
+            noise = uniforms([open_[j] for j in going], Purpose.DRAFT, [starts[j] + i for j in going], round_of(step))
+            for j, x in zip(going, sample(q, noise).tolist(), strict=True):
+                blocks[j] = (*blocks[j], x)
+        pairs = [(texts[b], block) for b, block in zip(open_, blocks, strict=True)]
+        rows = torch.tensor(np.array([target(t + block[:i]) for t, block in pairs for i in range(len(block) + 1)]))
+        probs = torch.tensor(np.array([draft(t + block[:i]) for t, block in pairs for i in range(len(block))]))
+        drafts = Drafts(torch.tensor([x for block in blocks for x in block]), lengths, probs)
+        noise_ = block_uniforms(open_, starts, lengths, [round_of(step)] * len(open_))
+        verdict = verify(rows, drafts, noise_.accept, noise_.last, mode="block")
+        for b, block, tau, y in zip(open_, blocks, verdict.accepted.tolist(), verdict.tokens.tolist(), strict=True):
+            texts[b], missed[b] = (*texts[b], *block[:tau], y), len(block) - tau
+    return np.bincount([text[0] * 9 + text[1] * 3 + text[2] for text in texts], minlength=27)
+
+
+def test_drawn_texts_follow_the_target_because_noise_is_keyed_by_the_round() -> None:
+    """With one draw a position and purpose, the second round would reuse noise that the first has looked at."""
+    assert chi_square(drawn_texts(lambda step: step, 15_000)) < 4
+    assert chi_square(drawn_texts(lambda step: 0, 15_000)) > 8
+
+
+class Machine:
+    """Simulates steps: tokens pass with a chance that may change with time, and seconds are what they are."""
+
+    def __init__(self, policy: DraftLength, draft: float, target: Callable[[int], float], limit: int = 8) -> None:
+        self.policy, self.draft, self.target, self.limit = policy, draft, target, limit
+        self.rng = np.random.default_rng(0)
+        self.context = Context(0, Params(), ())
+
+    def run(self, alpha: float, steps: int) -> list[int]:
+        """The lengths chosen."""
+        chosen = []
+        for step in range(steps):
+            length = self.policy.lengths([self.context], [self.limit])[0]
+            chosen.append(length)
+            accepted = int((self.rng.random(length) < alpha).cumprod().sum())
+            hiccup = 20 if step % 23 == 7 else 1
+            seconds = hiccup * self.target(length + 1), hiccup * self.draft * length
+            self.policy.observe([self.context], [length], [accepted], *seconds)
+        return chosen
+
+
+@pytest.mark.parametrize(("alpha", "ratio"), [(0.9, 0.05), (0.8, 0.1), (0.5, 0.3), (0.3, 0.5), (0.05, 0.2)])
+def test_it_settles_on_the_best_length(alpha: float, ratio: float) -> None:
+    best = predicted_speedup(alpha, best_draft_length(alpha, ratio, 8), ratio)
+    for costs in ((ratio, 1.0), None):
+        lengths = Machine(Adaptive(8, costs), ratio, lambda rows: 1.0).run(alpha, 1200)[400:]
+        tokens = sum(block_efficiency(alpha, length) for length in lengths)
+        seconds = sum(1 + ratio * length for length in lengths)
+        assert tokens / seconds > 0.95 * best
+
+
+def test_it_stops_drafting_where_that_does_not_pay_and_tries_again_now_and_then() -> None:
+    lengths = Machine(Adaptive(8, (0.1, 1.0), probe_every=20), 0.1, lambda rows: 1.0).run(0.0, 1000)[200:]
+    assert set(lengths) == {0, 1}
+    assert sum(lengths) == pytest.approx(len(lengths) / 20, abs=1)
+
+
+@pytest.mark.parametrize("costs", [(0.1, 1.0), None])
+def test_it_recovers(costs: tuple[float, float] | None) -> None:
+    machine = Machine(Adaptive(8, costs), 0.1, lambda rows: 1.0)
+    assert max(machine.run(0.0, 400)[200:]) <= 1
+    lengths = machine.run(0.95, 400)
+    assert np.mean(lengths[200:]) > 6
+    assert max(machine.run(0.0, 300)[100:]) <= 1
+
+
+def test_probes_that_succeed_follow_each_other() -> None:
+    """Or recovery would take a probe's wait for every token of length."""
+    machine = Machine(Adaptive(8, (0.5, 1.0), probe_every=100), 0.5, lambda rows: 1.0)
+    assert max(machine.run(0.0, 400)[300:]) <= 1
+    assert max(machine.run(1.0, 200)) == 8
+
+
+def test_it_learns_what_rows_cost() -> None:
+    """A target whose time grows with its rows, as on a busy machine: drafts must earn them."""
+    for per_row in (0.0, 0.1, 0.3, 1.0):
+        target = np.arange(10) * per_row + 1 - per_row
+        machine = Machine(Adaptive(8), 0.02, target.__getitem__)
+        rates = [block_efficiency(0.7, k) / (machine.target(k + 1) + 0.02 * k) for k in range(9)]
+        lengths = machine.run(0.7, 1500)[500:]
+        tokens = sum(block_efficiency(0.7, length) for length in lengths)
+        seconds = sum(machine.target(length + 1) + 0.02 * length for length in lengths)
+        assert tokens / seconds > 0.93 * max(rates)
+
+
+def test_with_fixed_costs_company_makes_no_difference() -> None:
+    """Nor do timings, whether the engine has any for the step or not."""
+
+    def run(others: int, seconds: float | None) -> list[int]:
+        policy, rng, strangers = Adaptive(6, (0.15, 1.0), probe_every=8), np.random.default_rng(1), range(1, 1 + others)
+        mine = Context(0, Params(), ())
+        luck, chosen = np.random.default_rng(2), []
+        for step in range(300):
+            if step == 150:
+                for id in strangers:
+                    policy.forget(Context(id, Params(), ()))
+            contexts = [mine, *(Context(id, Params(), ()) for id in strangers)]
+            lengths = policy.lengths(contexts, [6] * len(contexts))
+            accepted = [int((luck.random(6)[: lengths[0]] < 0.5 + 0.4 * np.sin(step / 30)).cumprod().sum())]
+            accepted += [int(rng.integers(0, length + 1)) for length in lengths[1:]]
+            policy.observe(contexts, lengths, accepted, seconds, seconds)
+            chosen.append(lengths[0])
+        return chosen
+
+    alone = run(0, None)
+    assert len(set(alone)) > 3
+    assert alone == run(0, 0.5) == run(3, 2.0)
+
+
+def test_new_sequences_start_from_what_the_others_showed() -> None:
+    machine = Machine(Adaptive(8), 0.3, lambda rows: 1.0)
+    machine.run(0.02, 300)
+    new = Context(1, Params(), ())
+    assert machine.policy.lengths([new], [8]) == [0]
+    assert Adaptive(8, (0.3, 1.0)).lengths([new], [8])[0] > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(1, 3), st.integers(0, 3), st.integers(0, 2**32 - 1))
+def test_the_choice_for_a_batch_is_the_best_of_all(batch: int, longest: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    survival = rng.choice([0.0, 0.3, 0.9, 1.0], (batch, longest)).cumprod(1)
+    limits = rng.integers(0, longest + 1, batch).tolist()
+    costs = 1 + rng.random(20) * rng.choice([0.0, 0.5, 3.0])  # by rows, not even monotone
+    draft = rng.choice([0.0, 0.1, 0.5])
+
+    def rate(lengths: tuple[int, ...]) -> float:
+        tokens = batch + sum(survival[b, :k].sum() for b, k in enumerate(lengths))
+        return tokens / (costs[batch + sum(lengths)] + draft * max(lengths))
+
+    chosen = tuple(best_lengths(survival, limits, draft, lambda rows: costs[rows]).tolist())
+    assert all(k <= limit for k, limit in zip(chosen, limits, strict=True))
+    every = itertools.product(*(range(limit + 1) for limit in limits))
+    assert rate(chosen) == pytest.approx(max(map(rate, every)), rel=1e-12)
+    alone = best_lengths_alone(survival, limits, draft, 1.5).tolist()
+    for b, limit in enumerate(limits):
+        assert [alone[b]] == best_lengths(survival[b : b + 1], [limit], draft, lambda rows: 0 * rows + 1.5).tolist()
+
+
+def test_limits_hold() -> None:
+    contexts = [Context(i, Params(), ()) for i in range(3)]
+    assert Fixed(4).lengths(contexts, [0, 2, 9]) == [0, 2, 4]
+    for policy in (Adaptive(5, (0.0, 1.0), prior=1.0, probe_every=2), Adaptive(5, prior=1.0, probe_every=2)):
+        seen = []
+        for _ in range(12):
+            seen.append(lengths := policy.lengths(contexts, [0, 2, 9]))
+            policy.observe(contexts, lengths, lengths, 1.0, 0.01)
+        assert np.max(seen, axis=0).tolist() == [0, 2, 5]
+    assert Adaptive(0).lengths(contexts, [3, 3, 3]) == [0, 0, 0]
+
+
+def test_costs_are_medians_interpolated_and_forgotten() -> None:
+    costs = StepCosts()
+    assert costs.target(np.array([1, 5])).tolist() == [1, 1] and costs.draft_token() == 0.1
+    for seconds in (2.0, 50.0, 2.0):
+        costs.observe(1, seconds, 0, 9.0)  # what a proposal of nothing took says nothing about a token
+    costs.observe(5, 4.0, 4, 1.0)
+    assert costs.target(np.array([1, 3, 5, 100])).tolist() == [2, 3, 4, 4]
+    assert costs.draft_token() == 0.25
+    for _ in range(1100):
+        costs.observe(5, 4.0, 4, 1.0)
+    assert costs.target(np.array([1])).tolist() == [4]  # as of long ago: to be tried again
+    assert [rounded(n) for n in (1, 16, 17, 64, 66)] == [1, 16, 16, 64, 64]
+
+
+def test_mistakes_name_their_remedy() -> None:
+    for build in (lambda: Fixed(-1), lambda: Adaptive(-1)):
+        with pytest.raises(ValueError, match="use 0 for plain decoding"):
+            build()
+    with pytest.raises(ValueError, match="target seconds > 0"):
+        Adaptive(4, (0.1, 0.0))
+    with pytest.raises(ValueError, match="acceptance rate"):
+        Adaptive(4, prior=1.5)
+    with pytest.raises(ValueError, match="probe_every"):
+        Adaptive(4, probe_every=1)
