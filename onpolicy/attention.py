@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from onpolicy.causal_attention import causal_attention, fits
+
 NAME = "onpolicy_shared_prompts"  # of this attention among transformers' implementations
 
 
@@ -63,13 +65,22 @@ def shared_prompt_attention(
             "set batching.share_prompts: false"
         )
     rows, heads, length, size = query.shape
-    q, k, v = (_lay_out(states, shared_prompts.gather) for states in (query, key, value))
-    attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-    flat = attended.transpose(1, 2).reshape(-1, heads, size)
+    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+    q, k, v = (_lay_out(states.to(dtype), shared_prompts.gather) for states in (query, key, value))
+    flat = _attend(q, k, v, size**-0.5 if scaling is None else scaling).reshape(-1, heads, size)
     return flat.index_select(0, shared_prompts.scatter).view(rows, length, heads, size), None
 
 
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Causal attention of [S, M, H, D], by the faster of two ways."""
+    if fits(query):
+        return causal_attention(query, key, value, scale)
+    q, k, v = (states.transpose(1, 2) for states in (query, key, value))
+    attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    return attended.transpose(1, 2)
+
+
 def _lay_out(states: torch.Tensor, gather: torch.Tensor) -> torch.Tensor:
-    """[R, H, L, D] -> [S, H, M, D]."""
+    """[R, H, L, D] -> [S, M, H, D]."""
     flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
-    return flat.index_select(0, gather.flatten()).view(*gather.shape, *flat.shape[1:]).transpose(1, 2)
+    return flat.index_select(0, gather.flatten()).view(*gather.shape, *flat.shape[1:])

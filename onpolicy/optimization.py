@@ -66,5 +66,5 @@ class Optimization:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)  # fresh pages cost more than zeros
         return norm

@@ -67,15 +67,32 @@ class Student:
         self.model, self.precision = model, precision
         if freeze_embeddings:
             self._freeze_embeddings()
+        elif self._head_is_trained() and base_model(model).config.tie_word_embeddings:
+            # The embedding's own gradient is a few rows, added to the head's where that already is.
+            base_model(model).get_input_embeddings().sparse = True
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states [N, D] of the batch's completion tokens and the head [V, D], both in the working precision.
+        """Hidden states [N, D] of the batch's completion tokens in the working precision, and the head [V, D] itself.
 
-        Weights stay float32; matrix products run in ``precision``.
+        Weights stay float32; matrix products run in ``precision``, those of the losses too.
         """
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             hidden = hidden_states(self.model, batch)
-        return hidden.to(self.precision), head_weight(self.model).to(self.precision)
+        return hidden.to(self.precision), head_weight(self.model)
+
+    def head_grad(self) -> torch.Tensor | None:
+        """``.grad`` of the head [V, D], for losses that add to it at once; None where the head is not trained."""
+        if not self._head_is_trained():
+            return None
+        head = head_weight(self.model)
+        if head.grad is None:
+            head.grad = torch.zeros_like(head)
+        return head.grad
+
+    def _head_is_trained(self) -> bool:
+        """Whether the head is a parameter of its own that learns: neither frozen nor under LoRA."""
+        head = head_weight(self.model)
+        return head.is_leaf and head.requires_grad
 
     @property
     def device(self) -> torch.device:

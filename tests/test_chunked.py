@@ -319,3 +319,48 @@ def test_mistakes_name_their_remedy() -> None:
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_head_gradient_goes_where_it_is_told() -> None:
+    x = problem(torch.float64, 9, 11)
+    given = (x["hidden"], x["head"], x["teacher"], x["teacher_head"], x["mask"])
+    loss, _ = chunked("jsd", *given, chunk_size=4)
+    hidden, head = torch.autograd.grad(loss, (x["hidden"], x["head"]))
+    sink = torch.ones_like(head)
+    loss, _ = chunked("jsd", *given, chunk_size=4, head_grad=sink)
+    told_hidden, told_head = torch.autograd.grad(loss, (x["hidden"], x["head"]), allow_unused=True)
+    assert told_head is None
+    torch.testing.assert_close(told_hidden, hidden)
+    torch.testing.assert_close(sink, head + 1)
+
+    values = chunked_logprobs(x["hidden"], x["head"], x["ids"], chunk_size=4)
+    (expected,) = torch.autograd.grad(values @ x["weights"].double(), x["head"])
+    sink = torch.ones_like(head)
+    values = chunked_logprobs(x["hidden"], x["head"], x["ids"], chunk_size=4, head_grad=sink)
+    (values @ x["weights"].double()).backward()
+    torch.testing.assert_close(sink, expected + 1)
+
+
+def test_a_head_gradient_already_given_away_cannot_be_scaled() -> None:
+    x = problem(torch.float64, 5, 7)
+    sink = torch.zeros_like(x["head"])
+    loss, _ = chunked("reverse_kl", x["hidden"], x["head"], x["teacher"], x["teacher_head"], head_grad=sink)
+    with pytest.raises(RuntimeError, match="put the factor into weights or denominator"):
+        (2 * loss).backward()
+    with pytest.raises(ValueError, match="both must be alike"):
+        chunked("reverse_kl", x["hidden"], x["head"], x["teacher"], x["teacher_head"], head_grad=sink[:3])
+
+
+def test_buffers_kept_between_calls_hold_nothing_that_is_read_again() -> None:
+    """Two losses whose backward passes come later, in the other order, and with heads of different size."""
+    one, two = problem(torch.bfloat16, 9, 40), problem(torch.bfloat16, 17, 23, seed=1)
+
+    def losses(x: Tensors) -> torch.Tensor:
+        kl, _ = chunked("reverse_kl", x["hidden"], x["head"], x["teacher"], x["teacher_head"], chunk_size=4)
+        return kl + chunked_logprobs(x["hidden"], x["head"], x["ids"], chunk_size=4).mean()
+
+    alone = [torch.autograd.grad(losses(x), (x["hidden"], x["head"])) for x in (one, two)]
+    first, second = losses(one), losses(two)
+    later = torch.autograd.grad(second, (two["hidden"], two["head"]))
+    for x, y in zip(torch.autograd.grad(first, (one["hidden"], one["head"])) + later, alone[0] + alone[1], strict=True):
+        assert torch.equal(x, y)

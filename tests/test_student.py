@@ -7,6 +7,7 @@ import torch
 
 from onpolicy.batching import pack, text_rollout
 from onpolicy.config import LoraSettings, StudentConfig
+from onpolicy.losses import chunked
 from onpolicy.models import check_linear_head, head_weight, load_causal_lm
 from onpolicy.student import build_student, check_layers, evenly_spaced, prune_layers
 from onpolicy.types import Prompt
@@ -80,6 +81,31 @@ def test_frozen_embeddings_get_no_gradient_and_are_not_trained(teacher, batch) -
     hidden.float().sum().backward()
     assert not head.requires_grad
     assert all(parameter.grad is not None for parameter in student.trainable().values())
+
+
+def test_a_tied_heads_gradient_in_place_is_that_of_autograd(teacher, batch) -> None:
+    """Head and embedding are one matrix: the loss adds to its .grad at once, the embedding's few rows come sparse."""
+
+    def gradient(in_place: bool) -> torch.Tensor:
+        student = build_student(StudentConfig(num_layers=2, precision="float32"), teacher)
+        student.model.get_input_embeddings().sparse = in_place
+        for _ in range(2):  # accumulated over micro-batches
+            hidden, head = student(batch)
+            flipped = hidden.detach().flip(0)
+            sink = student.head_grad() if in_place else None
+            chunked("reverse_kl", hidden, head, flipped, head.detach(), head_grad=sink)[0].backward()
+        (weight,) = [p for name, p in student.trainable().items() if "embed" in name]
+        assert not weight.grad.is_sparse
+        return weight.grad
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
+
+
+def test_only_a_trained_head_has_a_gradient_to_add_to(teacher) -> None:
+    assert build_student(StudentConfig(num_layers=2), teacher).head_grad() is not None
+    assert build_student(StudentConfig(num_layers=2, freeze_embeddings=True), teacher).head_grad() is None
+    adapted = StudentConfig(num_layers=2, lora=LoraSettings(rank=2, target_modules=["lm_head"]))
+    assert build_student(adapted, teacher).head_grad() is None
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj", "lm_head"]])

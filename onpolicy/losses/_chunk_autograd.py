@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onpolicy.losses import _workspace
 from onpolicy.losses._chunk_kernels import Divergence, at_tokens, evaluate_chunk
 from onpolicy.losses._projection import Projection
 
@@ -30,6 +31,7 @@ class Job:
     inverse: float  # 1 / denominator
     chunk_size: int
     wants_grad: bool
+    head_grad: Tensor | None = None  # [V, D] where the head's gradient is added at once
 
     @property
     def dtype(self) -> torch.dtype:
@@ -44,7 +46,7 @@ class ChunkedDivergence(torch.autograd.Function):
         ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, job: Job
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         needs = [job.wants_grad and need for need in ctx.needs_input_grad[:3]]
-        grads = _Gradients(hidden, head, bias, needs, job.student.accumulate)
+        grads = _Gradients(job.student, hidden, head, bias, needs, job.head_grad)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         outputs = [torch.zeros(len(hidden), dtype=job.dtype, device=hidden.device) for _ in range(4)]
         buffers = _Buffers(job, hidden, rounded=any(needs) and job.student.low_precision)
@@ -62,7 +64,7 @@ class ChunkedDivergence(torch.autograd.Function):
             for output, values in zip(outputs, result[:4], strict=True):
                 if values is not None:
                     output[where] = values
-            grads.add(job.student, where, chunk, student, result.rounded)
+            grads.add(where, chunk, student, result.rounded)
         ctx.grads = grads
         ctx.mark_non_differentiable(*outputs)
         return total.to(job.dtype), *outputs  # type: ignore[return-value]
@@ -73,6 +75,11 @@ class ChunkedDivergence(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("the chunked loss keeps its gradients for one backward pass; compute the loss again")
+        if grads.sunk and float(grad_loss) != 1:
+            raise RuntimeError(
+                f"the head's gradient is in head_grad already, and now the loss is scaled by {float(grad_loss)}: put "
+                "the factor into weights or denominator, or leave head_grad out"
+            )
         return *grads.scaled(grad_loss), None
 
 
@@ -89,9 +96,10 @@ class ChunkedLogProbs(torch.autograd.Function):
         projection: Projection,
         temperature: float,
         chunk_size: int,
+        head_grad: Tensor | None,
     ) -> Tensor:
         values = torch.empty(len(hidden), dtype=projection.accumulate, device=hidden.device)
-        buffer = values.new_empty(min(chunk_size, len(hidden)), len(head))
+        buffer = _workspace.take("student", (min(chunk_size, len(hidden)), len(head)), values.dtype, hidden.device)
         normalisers = torch.empty_like(values)
         for part in slices(len(hidden), chunk_size):
             logits = projection.logits(hidden[part], buffer[: part.stop - part.start]).div_(temperature)
@@ -100,7 +108,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             assert chosen is not None
             values[part] = chosen - normalisers[part]
         ctx.save_for_backward(hidden, head, bias, token_ids, normalisers)
-        ctx.projection, ctx.temperature, ctx.chunk_size = projection, temperature, chunk_size
+        ctx.projection, ctx.temperature, ctx.chunk_size, ctx.head_grad = projection, temperature, chunk_size, head_grad
         return values
 
     @staticmethod
@@ -108,9 +116,11 @@ class ChunkedLogProbs(torch.autograd.Function):
     def backward(ctx: Any, grad_values: Tensor) -> tuple[Tensor | None, ...]:
         hidden, head, bias, token_ids, normalisers = ctx.saved_tensors
         projection, temperature = ctx.projection, ctx.temperature
-        grads = _Gradients(hidden, head, bias, list(ctx.needs_input_grad[:3]), projection.accumulate)
-        buffer = grad_values.new_empty(min(ctx.chunk_size, len(hidden)), len(head), dtype=projection.accumulate)
-        rounded = torch.empty_like(buffer, dtype=projection.dtype) if projection.low_precision else None
+        grads = _Gradients(projection, hidden, head, bias, list(ctx.needs_input_grad[:3]), ctx.head_grad)
+        shape = (min(ctx.chunk_size, len(hidden)), len(head))
+        buffer = _workspace.take("student", shape, projection.accumulate, hidden.device)
+        low = projection.low_precision
+        rounded = _workspace.take("rounded", shape, projection.dtype, hidden.device) if low else None
         for part in slices(len(hidden), ctx.chunk_size):
             n = part.stop - part.start
             # d log pi(y) / d z = (onehot(y) - pi) / T
@@ -120,37 +130,48 @@ class ChunkedLogProbs(torch.autograd.Function):
             grad.scatter_add_(-1, ids, torch.ones_like(ids, dtype=grad.dtype))
             grad.mul_((grad_values[part] / temperature).unsqueeze(-1))
             copy = None if rounded is None else rounded[:n].copy_(grad)
-            grads.add(projection, part, hidden[part], grad, copy)
-        return *grads.scaled(None), None, None, None, None
+            grads.add(part, hidden[part], grad, copy)
+        return *grads.scaled(None), None, None, None, None, None
 
 
 class _Gradients:
     """Gradients of hidden states, head and bias, filled chunk by chunk; those not needed are None."""
 
     def __init__(
-        self, hidden: Tensor, head: Tensor, bias: Tensor | None, needs: list[bool], accumulate: torch.dtype
+        self,
+        projection: Projection,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        needs: list[bool],
+        head_grad: Tensor | None,
     ) -> None:
+        accumulate = projection.accumulate
+        self.projection = projection
+        self.operand = projection.operand() if needs[0] else None
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
-        self.head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if needs[1] else None
+        self.sunk = needs[1] and head_grad is not None  # the head's gradient goes elsewhere, not through autograd
+        self.head = None
+        if needs[1]:
+            new = head_grad is None
+            self.head = torch.zeros(head.shape, dtype=accumulate, device=head.device) if new else head_grad
         self.bias = (
             torch.zeros(bias.shape, dtype=accumulate, device=bias.device) if needs[2] and bias is not None else None
         )
         self._head_dtype, self._bias_dtype = head.dtype, None if bias is None else bias.dtype
 
-    def add(
-        self, projection: Projection, where: slice | Tensor, hidden: Tensor, grad: Tensor, rounded: Tensor | None
-    ) -> None:
+    def add(self, where: slice | Tensor, hidden: Tensor, grad: Tensor, rounded: Tensor | None) -> None:
         """Fold in one chunk: hidden [n, D], gradient by its logits [n, V]."""
-        if self.hidden is not None:
-            self.hidden[where] = projection.grad_hidden(grad, rounded).to(self.hidden.dtype)
+        if self.hidden is not None and self.operand is not None:
+            self.hidden[where] = self.projection.grad_hidden(grad, rounded, self.operand).to(self.hidden.dtype)
         if self.head is not None:
-            projection.add_grad_head(self.head[: grad.shape[1]], grad, hidden)
+            self.projection.add_grad_head(self.head[: grad.shape[1]], grad, hidden)
         if self.bias is not None:
             self.bias[: grad.shape[1]] += grad.sum(0)
 
     def scaled(self, factor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """All three times ``factor`` (in place), in the dtypes of the inputs."""
-        grads = (self.hidden, self.head, self.bias)
+        grads = (self.hidden, None if self.sunk else self.head, self.bias)
         if factor is not None and float(factor) != 1:
             for grad in grads:
                 if grad is not None:
@@ -168,9 +189,9 @@ class _Buffers:
 
     def __init__(self, job: Job, hidden: Tensor, rounded: bool) -> None:
         shape = (job.chunk_size, len(job.student.head))
-        self._student = hidden.new_empty(shape, dtype=job.dtype)
-        self._teacher = hidden.new_empty(shape, dtype=job.dtype)
-        self._rounded = hidden.new_empty(shape, dtype=job.student.dtype) if rounded else None
+        self._student = _workspace.take("student", shape, job.dtype, hidden.device)
+        self._teacher = _workspace.take("teacher", shape, job.dtype, hidden.device)
+        self._rounded = _workspace.take("rounded", shape, job.student.dtype, hidden.device) if rounded else None
 
     def take(self, n: int) -> tuple[Tensor, Tensor, Tensor | None]:
         return self._student[:n], self._teacher[:n], None if self._rounded is None else self._rounded[:n]

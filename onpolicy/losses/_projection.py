@@ -15,6 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from onpolicy.losses import _workspace
+
 _TILE_ROWS = 16384  # head rows widened at a time: 36 MiB for D = 576
 
 
@@ -29,7 +31,6 @@ class Projection:
         self.dtype = product_dtype(hidden, head)
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._widened = hidden.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
-        self._tile: Tensor | None = None
 
     @property
     def low_precision(self) -> bool:
@@ -49,14 +50,16 @@ class Projection:
             torch.mm(hidden, self.head.to(self.dtype).t(), out=out)
         return out if self.bias is None else out.add_(self.bias)
 
-    def grad_hidden(self, grad: Tensor, rounded: Tensor | None) -> Tensor:
+    def operand(self) -> Tensor:
+        """The head in the dtype of the products, for a run of :meth:`grad_hidden`; the next one may overwrite it."""
+        if self.head.dtype == self.dtype:
+            return self.head
+        shape = (self.head.shape[0], self.head.shape[1])
+        return _workspace.take("head", shape, self.dtype, self.head.device).copy_(self.head)
+
+    def grad_hidden(self, grad: Tensor, rounded: Tensor | None, operand: Tensor) -> Tensor:
         """Gradient by the logits [n, V] (and its 16-bit copy, if there is one) -> [n, D]."""
-        if rounded is not None and self.head.dtype == rounded.dtype:
-            return rounded @ self.head
-        if self._widened and self.head.dtype == torch.float32:
-            with bf16_products(self.dtype):
-                return grad @ self.head
-        return grad.to(self.dtype) @ self.head.to(self.dtype)
+        return (grad.to(self.dtype) if rounded is None else rounded) @ operand
 
     def add_grad_head(self, total: Tensor, grad: Tensor, hidden: Tensor) -> None:
         """total [V, D] += grad.T [V, n] @ hidden [n, D], accumulated in float32 (float64)."""
@@ -72,11 +75,11 @@ class Projection:
             if self.head.dtype == torch.float32:
                 torch.mm(hidden, self.head.t(), out=out)
                 return
-            if self._tile is None:
-                self._tile = hidden.new_empty(min(_TILE_ROWS, len(self.head)), self.head.shape[1])
+            height = min(_TILE_ROWS, len(self.head))
+            wide = _workspace.take("tile", (height, self.head.shape[1]), torch.float32, hidden.device)
             for start in range(0, len(self.head), _TILE_ROWS):
                 rows = self.head[start : start + _TILE_ROWS]
-                tile = self._tile[: len(rows)].copy_(rows)
+                tile = wide[: len(rows)].copy_(rows)
                 torch.mm(hidden, tile.t(), out=out[:, start : start + len(rows)])
 
 

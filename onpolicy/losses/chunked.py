@@ -30,7 +30,7 @@ from onpolicy.losses._projection import Projection
 from onpolicy.losses.divergences import log_probs
 from onpolicy.losses.truncated import Support
 
-_BUFFER_BYTES = {"cpu": 192 << 20, "cuda": 1 << 30}  # logits of both models and a 16-bit copy of the gradient
+_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of both models and a 16-bit copy of the gradient
 _MIN_CHUNK, _MAX_CHUNK = 16, 1024
 
 
@@ -51,6 +51,7 @@ def chunked(
     teacher_bias: Tensor | None = None,  # [V_T]
     top_k: int | None = None,
     support: Support = "teacher",
+    head_grad: Tensor | None = None,  # [V, D]
     **options: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`onpolicy.losses.divergence` from hidden states, in bounded memory.
@@ -58,6 +59,8 @@ def chunked(
     The loss is sum(weights * divergence) over unmasked tokens / ``denominator`` (their number unless given).
     Gradients flow to ``student_hidden``, ``student_head`` (a leaf, a tied embedding, or a computed tensor such as
     W + s B A) and ``student_bias``; never to the teacher, nor twice (no second derivatives).
+    Given ``head_grad``, the head's gradient is added there during the call (a matrix of that size is expensive to make
+    anew for every batch) and autograd returns none for it: only for a loss that is backpropagated as it is.
     Metrics, detached, float32, [N] and 0 where masked: ``per_token``, ``student_entropy`` and, given ``token_ids``,
     ``student_logprobs`` and ``teacher_logprobs`` of these tokens at ``temperature``; ``tokens`` counts the unmasked.
     Raises ValueError for what :func:`onpolicy.losses.per_token` refuses and for shapes that do not belong together.
@@ -82,6 +85,7 @@ def chunked(
         inverse=1.0 / normaliser(denominator, count),
         chunk_size=_chunk_size(chunk_size, vocab, student_hidden),
         wants_grad=torch.is_grad_enabled(),
+        head_grad=_checked_sink(head_grad, student_head),
     )
     loss, per_token, entropy, student_logprobs, teacher_logprobs = ChunkedDivergence.apply(
         student_hidden, student_head, student_bias, job
@@ -100,18 +104,21 @@ def chunked_logprobs(
     temperature: float = 1.0,
     chunk_size: int | None = None,
     bias: Tensor | None = None,  # [V]
+    head_grad: Tensor | None = None,  # [V, D]
 ) -> Tensor:
     """log pi(token) [N] at ``temperature``, float32 (float64), differentiable by hidden, head and bias.
 
     The weights of a policy gradient are known only after these values, so the backward pass projects again instead
-    of keeping logits. Raises ValueError for an id outside the vocabulary.
+    of keeping logits. Given ``head_grad``, it adds the head's gradient there instead of returning it.
+    Raises ValueError for an id outside the vocabulary.
     """
     if token_ids.shape != hidden.shape[:1]:
         raise ValueError(f"token_ids must be [{len(hidden)}], one a row of hidden, got {tuple(token_ids.shape)}")
     check_token_ids(token_ids, len(head))
     size = _chunk_size(chunk_size, len(head), hidden)
     projection = Projection(hidden.detach(), head.detach(), _detached(bias), len(head))
-    return ChunkedLogProbs.apply(hidden, head, bias, token_ids, projection, temperature, size)
+    sink = _checked_sink(head_grad, head)
+    return ChunkedLogProbs.apply(hidden, head, bias, token_ids, projection, temperature, size, sink)
 
 
 def iter_logprobs(
@@ -164,6 +171,15 @@ def _chunk_size(requested: int | None, vocab: int, hidden: Tensor) -> int:
     per_token = vocab * (16 if hidden.dtype == torch.float64 else 10)
     size = _BUFFER_BYTES.get(hidden.device.type, 192 << 20) // per_token
     return min(max(size, _MIN_CHUNK), _MAX_CHUNK, max(len(hidden), 1))
+
+
+def _checked_sink(head_grad: Tensor | None, head: Tensor) -> Tensor | None:
+    if head_grad is not None and (head_grad.shape != head.shape or head_grad.dtype != head.dtype):
+        raise ValueError(
+            f"head_grad is {head_grad.dtype} {tuple(head_grad.shape)}, the head {head.dtype} {tuple(head.shape)}: "
+            "both must be alike"
+        )
+    return head_grad
 
 
 def _kept_rows(mask: Tensor | None, hidden: Tensor) -> Tensor | None:

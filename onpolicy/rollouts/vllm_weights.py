@@ -22,9 +22,18 @@ def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], rep
     dtype, tied = next(model.parameters()).dtype, model.config.tie_word_embeddings
     # A tied head appears in state_dict() under both names; vLLM takes the embedding's.
     chosen = ((name, value.to(dtype)) for name, value in weights if not (tied and name == "lm_head.weight"))
+    if repair_tied_head:
+        _drop_packed_head(model)
     runner.reload_weights(weights_iterator=chosen)
     if repair_tied_head:
         repack_tied_head(runner.get_model())
+
+
+def _drop_packed_head(model: torch.nn.Module) -> None:
+    """The stale copy goes before new ones come: the largest matrix of a small model need not be there twice."""
+    head = getattr(model, "lm_head", None)
+    if head is not None and hasattr(head, "cpu_linear") and head.weight.numel() > 0:
+        head.cpu_linear = None
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:

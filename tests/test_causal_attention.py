@@ -1,0 +1,61 @@
+"""Attention by batched products against torch's, in float64, in value and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
+
+from onpolicy import causal_attention as module
+from onpolicy.causal_attention import causal_attention, fits
+
+
+def problem(sequences: int, positions: int, shared: int, group: int, size: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(positions)
+    heads = (shared * group, shared, shared, shared * group)  # of query, key, value, and the gradient by the output
+    return [torch.randn(sequences, positions, h, size, generator=generator).bfloat16() for h in heads]
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 64]),
+    st.sampled_from([1 << 8, 1 << 12, 1 << 19]),
+)  # fmt: skip
+def test_values_and_gradients(sequences, positions, shared, group, size, at_a_time) -> None:
+    *inputs, grad = problem(sequences, positions, shared, group, size)
+    wide = [x.double().requires_grad_() for x in inputs]
+    expected = reference(*wide, 0.2)
+    gradients = torch.autograd.grad(expected, wide, grad.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_SCORES", at_a_time)
+        narrow = [x.requires_grad_() for x in inputs]
+        output = causal_attention(*narrow, 0.2)
+        ours = torch.autograd.grad(output, narrow, grad)
+    # Probabilities, their gradient and the results are rounded to 8 bits once each. Gradients by query and key are
+    # differences (0 for a single position): their error is of the size of what was subtracted.
+    floor = 2e-3 * grad.double().norm() * size**0.5
+    for got, want in zip((output, *ours), (expected, *gradients), strict=True):
+        assert (got.double() - want).norm() <= 1e-2 * want.norm() + floor
+
+
+def test_no_position_sees_a_later_one() -> None:
+    query, key, value, _ = problem(2, 12, 1, 3, 16)
+    before = causal_attention(query, key, value, 0.25)
+    changed = [x.clone() for x in (query, key, value)]
+    for x in changed:
+        x[:, 7:] = 3.0
+    after = causal_attention(*changed, 0.25)
+    assert torch.equal(before[:, :7], after[:, :7]) and not torch.equal(before[:, 7:], after[:, 7:])
+
+
+def test_it_is_used_where_it_is_right() -> None:
+    states = torch.zeros(1, 4, 2, 8)
+    assert fits(states.bfloat16()) and not fits(states)
+    assert not fits(torch.zeros(1, 4096, 1, 8, dtype=torch.bfloat16))
