@@ -27,7 +27,7 @@ def check_settings(config: TrainConfig) -> None:
         "prompts_per_step", "sampling.max_tokens", "sampling.samples_per_prompt", "batching.token_budget",
         "optim.updates_per_step", "optim.learning_rate", "checkpoint.every", "checkpoint.keep", "rollouts.max_num_seqs",
         "rollouts.parity_bound", "warm_start.epochs", "warm_start.samples_per_prompt", "warm_start.rollouts_per_step",
-        "warm_start.learning_rate", "evaluation.max_tokens",
+        "warm_start.learning_rate", "evaluation.max_tokens", "teacher.weight",
     ]  # fmt: skip
     for name in positive:
         value = attrgetter(name)(config)
@@ -44,6 +44,9 @@ def check_settings(config: TrainConfig) -> None:
             raise ValueError(f"{option}.divergence: '{divergence}' is not known; choose one of {', '.join(names())}")
     if not 0 <= config.gkd.beta <= 1 or not 0 <= config.gkd.lmbda <= 1:
         raise ValueError(f"gkd.beta and gkd.lmbda must be in [0, 1], got {config.gkd.beta} and {config.gkd.lmbda}")
+    for index, teacher in enumerate(config.other_teachers):
+        if teacher.weight <= 0:
+            raise ValueError(f"other_teachers[{index}].weight must be positive, got {teacher.weight}; or remove it")
     check_health(config.health, config.sampling.max_tokens)
     if config.evaluation.num_prompts > config.prompts.heldout_size:
         raise ValueError(
@@ -73,6 +76,51 @@ def check_models(config: TrainConfig) -> tuple[PretrainedConfig, PretrainedConfi
     return teacher, None
 
 
+def panel_models(config: TrainConfig) -> dict[str, str]:
+    """Models that have a say beside the teacher, by the option that names them."""
+    models = {f"other_teachers[{index}].model": other.model for index, other in enumerate(config.other_teachers)}
+    reference = config.policy_gradient.reference_model
+    if config.algorithm == "policy_gradient" and reference is not None:
+        models["policy_gradient.reference_model"] = reference
+    return models
+
+
+def check_panel(config: TrainConfig) -> dict[str, PretrainedConfig]:
+    """Configurations of further teachers and of the reference, by their option."""
+    return {option: read_model_config(name, option) for option, name in panel_models(config).items()}
+
+
+def check_panel_tokenizers(
+    teacher: PreTrainedTokenizerBase,
+    others: dict[str, PreTrainedTokenizerBase],
+    rows: dict[str, int],
+    config: TrainConfig,
+) -> None:
+    """Whoever has a say reads the teacher's ids: same tokens, a row for each, the same rendering of a conversation.
+
+    Args:
+        others, rows: tokenizer and output rows by the option that names the model. One without a chat template of its
+            own is taken to be a base model, which knows no other rendering either.
+    """
+    used = max(teacher.get_vocab().values()) + 1
+    for option, tokenizer in others.items():
+        if different := different_tokens(teacher, tokenizer):
+            raise ValueError(
+                f"{option} has another tokenizer than the first teacher: {len(different)} tokens differ, e.g. "
+                f"{different[:5]}. All score the same ids: choose a model of the same family"
+            )
+        if used > rows[option]:
+            raise ValueError(
+                f"{option} has {rows[option]} output rows but the tokenizer has ids up to {used - 1}: it cannot score "
+                "them all; use a matching checkpoint"
+            )
+        if tokenizer.chat_template and not same_rendering(teacher, tokenizer, config):
+            raise ValueError(
+                f"{option} has another chat template than the first teacher: it would score text it never saw in "
+                "training. Set prompts.chat_template to the template file that all were trained with"
+            )
+
+
 def read_model_config(name: str, option: str) -> PretrainedConfig:
     """A model's config.json; ValueError naming the option when there is no such model."""
     from transformers import AutoConfig
@@ -89,15 +137,13 @@ def check_vocabularies(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, teacher_rows: int, student_rows: int
 ) -> None:
     """Same tokens under the same ids; output rows beyond them (padding for speed) may differ in number."""
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    if ours != theirs:
-        different = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+    if different := different_tokens(teacher, student):
         raise ValueError(
             f"teacher and student have different tokenizers: {len(different)} tokens differ, e.g. {different[:5]}. The "
             "teacher scores the student's tokens one by one, so both must share a vocabulary: choose a student of the "
             "teacher's family, or prune one from it (leave student.model unset)"
         )
-    used = max(ours.values()) + 1
+    used = max(student.get_vocab().values()) + 1
     if used > min(teacher_rows, student_rows):
         raise ValueError(
             f"the tokenizer has ids up to {used - 1} but the teacher has {teacher_rows} output rows and the student "
@@ -105,20 +151,31 @@ def check_vocabularies(
         )
 
 
+def different_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> list[str]:
+    """Tokens that only one of the two has, or under another id."""
+    ours, theirs = first.get_vocab(), second.get_vocab()
+    return sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+
+
 def check_same_rendering(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase, config: TrainConfig
 ) -> None:
     """Both chat templates must render alike: a teacher that reads other text scores every token wrongly."""
-    from onpolicy.prompts import render
-
-    if config.prompts.template != "chat" or config.prompts.chat_template or not teacher.chat_template:
-        return
-    probe = [{"role": "user", "content": "How many legs have 3 cats?"}]
-    if render(teacher, probe) != render(student, probe):
+    if not same_rendering(teacher, student, config):
         raise ValueError(
             "teacher and student have different chat templates: the teacher would score text it never saw in training. "
             "Set prompts.chat_template to the teacher's template file"
         )
+
+
+def same_rendering(teacher: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, config: TrainConfig) -> bool:
+    """Whether both give the same ids for a conversation; True where their own templates are not used."""
+    from onpolicy.prompts import render
+
+    if config.prompts.template != "chat" or config.prompts.chat_template or not teacher.chat_template:
+        return True
+    probe = [{"role": "user", "content": "How many legs have 3 cats?"}]
+    return render(teacher, probe) == render(other, probe)
 
 
 def check_completions(config: TrainConfig, prompts: list[Prompt]) -> None:
@@ -129,6 +186,18 @@ def check_completions(config: TrainConfig, prompts: list[Prompt]) -> None:
             raise ValueError(
                 f"gkd.lmbda={config.gkd.lmbda} trains on dataset completions, but {missing} of {len(prompts)} prompts "
                 "have none; name a completion column (prompts.completion_column), or set gkd.lmbda: 1"
+            )
+
+
+def check_answers(config: TrainConfig, prompts: list[Prompt]) -> None:
+    """A task reward needs answers to check against."""
+    if config.algorithm == "policy_gradient" and config.policy_gradient.task_weight and config.steps > 0:
+        missing = sum(prompt.answer is None for prompt in prompts)
+        if missing:
+            raise ValueError(
+                f"policy_gradient.task_weight={config.policy_gradient.task_weight} rewards right answers, but "
+                f"{missing} of {len(prompts)} prompts have none; name an answer column (prompts.answer_column), or set "
+                "policy_gradient.task_weight: 0"
             )
 
 

@@ -22,6 +22,8 @@ class TeacherConfig:
     """Checkpoint directory, hub id, or `smollm2-135m-instruct` (comes with the installation, no download)."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of its forward pass."""
+    weight: float = 1.0
+    """Its say among several teachers, relative to the others' weights."""
 
 
 @dataclass
@@ -131,7 +133,7 @@ class PolicyGradientConfig:
     reward_clip: float | None = None
     """Bound on a token's reward, nats."""
     whitening: Literal["none", "mean", "mean_std"] = "none"
-    """Of the advantages over a batch."""
+    """Of the advantages, over each batch of at most batching.token_budget positions."""
     correction: Literal["none", "truncate", "mask", "clip"] = "truncate"
     """Of trainer against sampler probability: TIS, IcePop, PPO's clip, or none."""
     ratio_level: Literal["token", "prefix", "sequence"] = "token"
@@ -142,8 +144,21 @@ class PolicyGradientConfig:
     """mask: tokens with ratios outside are left out."""
     clip_range: tuple[float, float] = (0.2, 0.2)
     """clip: allowed change below and above 1."""
-    control_variate: bool = True
-    """Subtract the closed-form -KL(student, teacher) of each position: same gradient, less variance (2605.07865)."""
+    control_variate: Literal["none", "expected", "least_variance"] = "expected"
+    """Subtracted from returns: a number that depends on the prefix alone. expected: the closed-form mean reward,
+    -KL(student, teacher) (2605.07865). least_variance: what leaves the gradient by the logits least variance, for more
+    sums over the vocabulary; it also helps a student that is sure of itself. Effects: docs/estimators.md. Needs
+    place: reward."""
+    extrapolation: float = 1.0
+    """Beyond 1: away from reference_model, past the teacher (2602.12125); needs estimate: k1 and place: reward."""
+    reference_model: str | None = None
+    """Checkpoint directory or hub id that extrapolation leads away from, usually what the student or the teacher was
+    before it was trained. Loaded in the teacher's dtype."""
+    task_weight: float = 0.0
+    """Nats that a completion earns, beside the teacher's reward, for ending at its prompt's answer; 0 does not look.
+    An unfinished completion earns nothing. Needs place: reward, and prompts with answers (prompts.answer_column)."""
+    task_placement: Literal["sequence", "last"] = "sequence"
+    """Which tokens the task's reward credits: all of the completion's, or the last, to be carried back by discount."""
 
 
 @dataclass
@@ -174,7 +189,7 @@ class OptimConfig:
 class BatchingConfig:
     """How rollouts become tensors."""
 
-    token_budget: int = 4096
+    token_budget: int = 1024
     """Positions of one forward pass, padding included; bounds activation memory."""
     share_prompts: bool = True
     """Compute a prompt once for all its completions (checked at start: the layers must pass attention arguments on)."""
@@ -227,6 +242,9 @@ class TrainConfig:
     algorithm: Literal["gkd", "policy_gradient"] = "gkd"
     """Which update; its settings are in the section of the same name."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    other_teachers: list[TeacherConfig] = field(default_factory=list)
+    """Further teachers with the same tokenizer, each with its weight: on-policy updates descend the weighted mean of
+    all teachers' divergences. Warm start, held-out figures and pruning know the first alone."""
     student: StudentConfig = field(default_factory=StudentConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -48,6 +48,11 @@ class StepTokens:
             result.metrics["divergence"], result.entropy,
         )  # fmt: skip
 
+    def cpu(self) -> StepTokens:
+        columns = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: None if value is None else value.cpu() for name, value in columns.items()}
+        return StepTokens(**moved)  # type: ignore[arg-type]
+
     @classmethod
     def join(cls, parts: Sequence[StepTokens]) -> StepTokens:
         """Batches of one step as one; sequences are numbered on."""

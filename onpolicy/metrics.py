@@ -6,9 +6,10 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,8 +50,24 @@ class Means:
             self._sums[name] = self._sums.get(name, 0.0) + total
             self._counts[name] = self._counts.get(name, 0) + tokens
 
+    @classmethod
+    def join(cls, parts: Iterable[Means]) -> Means:
+        """The same means over the tokens of all parts."""
+        whole = cls()
+        for part in parts:
+            for name, total in part._sums.items():
+                whole._sums[name] = whole._sums.get(name, 0.0) + total
+                whole._counts[name] = whole._counts.get(name, 0) + part._counts[name]
+        return whole
+
     def result(self) -> dict[str, float]:
         return {name: self._sums[name] / max(self._counts[name], 1) for name in self._sums}
+
+
+def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, the mean over the records that have it."""
+    names = dict.fromkeys(name for record in records for name in record)
+    return {name: fmean(record[name] for record in records if name in record) for name in names}
 
 
 def peak_rss_gib() -> float:
@@ -112,6 +129,16 @@ class Progress:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+class Silent(Progress):
+    """Of a process that is not the first: what it would say has been said."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False)
+
+    def say(self, message: str) -> None:
+        """Nothing."""
 
 
 def rates(seconds: dict[str, float], tokens: int) -> dict[str, float]:

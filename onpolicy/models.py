@@ -6,6 +6,7 @@ its decoder (tokens -> hidden states after the final norm) and its head (hidden 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,18 +46,32 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(path, **loading_options(path))
 
 
-def load_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A causal LM in evaluation mode, attention by SDPA. ValueError when its head is not a plain matrix product."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory, and what its loader had to make up."""
+
+    model: PreTrainedModel
+    invented: list[str]  # parameters the checkpoint lacks, or has in another shape: initialised at random
+
+
+def read_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
+    """A causal LM as it is, in evaluation mode, attention by SDPA. ValueError where there is none to load."""
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=register(), **loading_options(path)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=register(), output_loading_info=True, **loading_options(path)
         )
     except OSError as error:
         raise ValueError(f"cannot load the model '{name}': {error}") from error
-    model.to(device).eval()
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    return Loaded(model.to(device).eval(), sorted({*report["missing_keys"], *mismatched}))
+
+
+def load_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """As :func:`read_causal_lm`, and ValueError when its head is not a plain matrix product."""
+    model = read_causal_lm(name, dtype, device).model
     check_linear_head(model)
     return model
 
@@ -112,12 +127,16 @@ def check_shared_prompts(model: nn.Module) -> None:
     from onpolicy.batching import pack, text_rollout
     from onpolicy.types import Prompt
 
-    prompt = Prompt("probe", (1, 2, 3))
-    together = pack([text_rollout(prompt, [4, 5, 6]), text_rollout(prompt, [7, 8, 9])], 100)[0]
-    alone = pack([text_rollout(prompt, [7, 8, 9])], 100)[0]
-    device = next(model.parameters()).device
-    shared, separate = (hidden_states(model, batch.to(device)).float() for batch in (together, alone))
-    if not torch.allclose(shared[3:], separate, rtol=0.1, atol=0.1 * separate.abs().mean().item()):
+    def after(prompt: tuple[int, ...], other: list[int]) -> torch.Tensor:
+        """Hidden states of a completion's own tokens, beside another completion of the prompt."""
+        batch = pack([text_rollout(Prompt("probe", prompt), ids) for ids in (other, [7, 8, 9])], 100)[0]
+        return hidden_states(model, batch.to(next(model.parameters()).device))[len(other) + 1 :]
+
+    # The same shapes are computed in the same order, so what is not seen changes no bit: no tolerance has to tell a
+    # leak from rounding.
+    states = after((1, 2, 3), [4, 5])
+    alone, prompted = torch.equal(states, after((1, 2, 3), [6, 3])), not torch.equal(states, after((5, 2, 3), [4, 5]))
+    if not (alone and prompted):
         raise ValueError(
             f"{type(base_model(model)).__name__} cannot compute a prompt once for several completions (its layers do "
             "not pass attention arguments on); set batching.share_prompts: false"

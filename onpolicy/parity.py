@@ -6,6 +6,7 @@ nor the new one (docs/decisions.md, "the tied lm_head"). So the comparison is ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,12 @@ class ParityMeter:
             self.largest = max(self.largest, difference.max().item())
             self.tokens += len(difference)
 
+    @classmethod
+    def join(cls, parts: Sequence[ParityMeter]) -> ParityMeter:
+        """The same over the tokens of all parts (one or more)."""
+        total, tokens = sum(part.total for part in parts), sum(part.tokens for part in parts)
+        return cls(total, max(part.largest for part in parts), tokens)
+
     @property
     def mean(self) -> float:
         return self.total / self.tokens if self.tokens else 0.0
@@ -65,7 +72,7 @@ def processed_as_sampled(
     """(trainer's, sampler's) log-probs of some of the batch's tokens, the trainer's cut by top-p and top-k likewise."""
     chosen = slice(0, MAX_PROCESSED_TOKENS)
     with torch.no_grad():
-        logits = (hidden[chosen] @ head.T).float()
+        logits = (hidden[chosen] @ head.to(hidden.dtype).T).float()
         rows = processed_logprobs(logits, temperature=params.temperature, top_k=params.top_k, top_p=params.top_p)
         trainer = rows.gather(1, batch.token_ids[chosen, None])[:, 0]
     return trainer, batch.sampler_logprobs[chosen]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from onpolicy import checks
 from onpolicy.config import TrainConfig
 from onpolicy.models import load_tokenizer
+from onpolicy.processes import is_first, launched
 from onpolicy.prompts import check_source, end_of_turn_id, load_prompts
 from onpolicy.types import Prompt
 from onpolicy.updates import make_update
@@ -37,29 +38,68 @@ class Prepared:
         return self.directory / "summary.json"
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a configuration before a model is loaded."""
+
+    prepared: Prepared
+    student_tokenizer: PreTrainedTokenizerBase | None  # None: pruned from the teacher
+    teacher_rows: int  # of the output matrix
+    student_rows: int
+    prompt_limit: int  # tokens
+
+    @property
+    def used_ids(self) -> int:
+        return max(self.prepared.tokenizer.get_vocab().values()) + 1
+
+
 def prepare(config: TrainConfig, resume: bool) -> Prepared:
     """Find every mistake that can be found before models are loaded. Raises ValueError or FileNotFoundError."""
-    directory = Path(config.output_dir) / config.name
+    if is_first():  # another process may find what the first has begun to write
+        checks.check_directory(run_directory(config), resume)
+    seen = survey(config, resume)
+    tokenizer, own = seen.prepared.tokenizer, seen.student_tokenizer
+    if own is not None:
+        checks.check_vocabularies(tokenizer, own, seen.teacher_rows, seen.student_rows)
+        checks.check_same_rendering(tokenizer, own, config)
+    return seen.prepared
+
+
+def survey(config: TrainConfig, resume: bool) -> Survey:
+    """What training refuses and no examination can make good; teacher and student may still not fit each other.
+
+    Raises ValueError or FileNotFoundError for a user's mistake.
+    """
+    directory = run_directory(config)
     checks.check_settings(config)
     make_update(config)
-    checks.check_directory(directory, resume)
     saved = directory / "config.yaml"
     if resume and saved.exists():
         checks.check_same_config(yaml.safe_load(saved.read_text()), plain(config))
     check_engine(config)
     check_source(config.prompts)
-    teacher, student = checks.check_models(config)
+    of_teacher, of_student = checks.check_models(config)
+    of_panel = checks.check_panel(config)
     tokenizer = load_tokenizer(config.teacher.model)
-    if config.student.model is not None and student is not None:
-        own = load_tokenizer(config.student.model)
-        checks.check_vocabularies(tokenizer, own, teacher.vocab_size, student.vocab_size)
-        checks.check_same_rendering(tokenizer, own, config)
-    context = min(c.max_position_embeddings for c in (teacher, student or teacher))
-    limit = context - max(config.sampling.max_tokens, config.evaluation.max_tokens)
+    own = load_tokenizer(config.student.model) if config.student.model is not None else None
+    panel = {option: load_tokenizer(name) for option, name in checks.panel_models(config).items()}
+    checks.check_panel_tokenizers(tokenizer, panel, {o: c.vocab_size for o, c in of_panel.items()}, config)
+    models = [of_teacher, of_student or of_teacher, *of_panel.values()]
+    longest = max(config.sampling.max_tokens, config.evaluation.max_tokens)
+    limit = min(model.max_position_embeddings for model in models) - longest
     train, heldout = load_prompts(config.prompts, tokenizer, model_limit=limit)
     checks.check_completions(config, train)
+    checks.check_answers(config, train)
     stops = {end_of_turn_id(tokenizer, config.prompts.template), tokenizer.eos_token_id} - {None}
-    return Prepared(config, directory, resume, tokenizer, train, heldout, tuple(sorted(stops)))
+    prepared = Prepared(config, directory, resume, tokenizer, train, heldout, tuple(sorted(stops)))
+    rows = of_teacher.vocab_size
+    return Survey(
+        prepared, own, rows, of_student.vocab_size if of_student else rows, min(limit, config.prompts.max_prompt_tokens)
+    )
+
+
+def run_directory(config: TrainConfig) -> Path:
+    return Path(config.output_dir) / config.name
 
 
 def check_engine(config: TrainConfig) -> None:
@@ -68,6 +108,18 @@ def check_engine(config: TrainConfig) -> None:
             "rollouts.engine: vllm, but vLLM is not installed; run `make setup` (CPU), install `vllm` (GPU), or set "
             "rollouts.engine: transformers"
         )
+    if config.rollouts.engine == "vllm" and launched() > 1:
+        raise ValueError(
+            f"rollouts.engine: vllm, in {launched()} processes: the engine in this process would take the other "
+            "processes for its own; set rollouts.engine: transformers, or start one process"
+        )
+
+
+def engine_name(config: TrainConfig) -> Literal["vllm", "transformers"]:
+    """The engine that samples: the one asked for, or the faster one that works here."""
+    if config.rollouts.engine == "auto":
+        return "vllm" if has_vllm() and launched() == 1 else "transformers"
+    return config.rollouts.engine
 
 
 def has_vllm() -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,26 +16,31 @@ import yaml
 
 from onpolicy import checks
 from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, write_json
-from onpolicy.evaluate.heldout import HeldOut, heldout_params
-from onpolicy.metrics import JsonLines, Progress, peak_rss_gib
+from onpolicy.draws import Draws
+from onpolicy.evaluate.heldout import HeldOut
+from onpolicy.metrics import JsonLines, Progress, Silent, peak_rss_gib
 from onpolicy.models import check_shared_prompts, load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
-from onpolicy.prepare import Prepared, has_vllm, plain
-from onpolicy.prompts import PromptOrder
+from onpolicy.prepare import Prepared, engine_name, plain
+from onpolicy.processes import Processes
 from onpolicy.rollouts.files import load_rollouts, save_rollouts
-from onpolicy.seeds import derive
 from onpolicy.stages import Stage, StageSettings
 from onpolicy.stages.on_policy import OnPolicy
 from onpolicy.stages.warm_start import WarmStart
 from onpolicy.student import build_student
+from onpolicy.task import answer_grader
 from onpolicy.teachers.local import LocalTeacher
+from onpolicy.teachers.panel import open_panel
 from onpolicy.trainer import Trainer
-from onpolicy.types import Prompt, SamplingParams, Source
+from onpolicy.types import Source
 from onpolicy.updates import divergence_update, loss_temperature, make_update
 
 if TYPE_CHECKING:
     from onpolicy.rollouts.base import Sampler
+
+
+_PATIENCE = timedelta(hours=12)  # for the first process, while it draws the teacher's samples alone
 
 
 class Interrupted(Exception):
@@ -61,11 +67,13 @@ class Run:
 
     def __init__(self, prepared: Prepared):
         self.prepared, self.config, self.directory = prepared, prepared.config, prepared.directory
+        self.draws = Draws(prepared)
         self.started = time.perf_counter()
         self.resources = contextlib.ExitStack()
         self.stopping = False
         self.sampler: Sampler | None = None
         self.saved_stage: dict[str, Any] | None = None  # of the stage a resumed run stands in
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # until processes have met
 
     def __enter__(self) -> Run:
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -102,26 +110,21 @@ class Run:
     # -- building
 
     def build(self) -> None:
-        from accelerate import Accelerator
-
         config = self.config
         self.directory.mkdir(parents=True, exist_ok=True)
-        with atomic_file(self.directory / "config.yaml") as file:
-            yaml.safe_dump(plain(config), file, sort_keys=False)
-        self.accelerator = Accelerator(
-            log_with=config.logging.trackers or None, project_dir=str(self.directory), cpu=not torch.cuda.is_available()
-        )
-        self.main = self.accelerator.is_main_process
-        self.progress = Progress(config.logging.progress and self.main)
-        self.resources.callback(self.progress.close)
+        self._meet()
+        if self.main:
+            with atomic_file(self.directory / "config.yaml") as file:
+                yaml.safe_dump(plain(config), file, sort_keys=False)
         self._teacher_samples()
-        dtype = getattr(torch, config.teacher.dtype)
-        teacher_model = load_causal_lm(config.teacher.model, dtype, self.accelerator.device)
-        self.student = build_student(config.student, teacher_model, self.accelerator.device)
+        teacher_model = load_causal_lm(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
+        self.student = build_student(config.student, teacher_model, self.device)
+        self.processes.start_alike(list(self.student.trainable().values()))
         self.teacher = LocalTeacher(teacher_model)
         if config.batching.share_prompts:
             check_shared_prompts(teacher_model)
             check_shared_prompts(self.student.model)
+        self.panel = open_panel(config, self.teacher, self.device)
         self.heldout = self._held_out()
         trained = sum(p.numel() for p in self.student.trainable().values())
         checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
@@ -131,6 +134,20 @@ class Run:
         self.trainer.stop_requested = lambda: self.stopping
         self._load_checkpoint(store)
         self._start_trackers()
+
+    def _meet(self) -> None:
+        """The processes of the run find each other; only the first writes and speaks."""
+        from accelerate import Accelerator, InitProcessGroupKwargs
+
+        self.accelerator = Accelerator(
+            log_with=self.config.logging.trackers or None, project_dir=str(self.directory),
+            cpu=not torch.cuda.is_available(), kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)],
+        )  # fmt: skip
+        self.resources.callback(self.accelerator.end_training)
+        self.processes, self.device = Processes(self.accelerator), self.accelerator.device
+        self.main = self.accelerator.is_main_process
+        self.progress = Progress(self.config.logging.progress) if self.main else Silent()
+        self.resources.callback(self.progress.close)
 
     def _load_checkpoint(self, store: CheckpointStore) -> None:
         saved, warnings = store.load_latest()
@@ -150,7 +167,6 @@ class Run:
             k: v for k, v in checks.flatten(plain(self.config)).items() if isinstance(v, int | float | str | bool)
         }
         self.accelerator.init_trackers("tracker", config=settings, init_kwargs=kwargs)
-        self.resources.callback(self.accelerator.end_training)
 
     def open_sampler(self, model_dir: str, source: Source) -> Sampler:
         """The engine the configuration asks for, on a checkpoint directory."""
@@ -159,31 +175,41 @@ class Run:
         longest = max(len(prompt.token_ids) for prompt in prompts)
         tokens = max(self.config.sampling.max_tokens, self.config.evaluation.max_tokens)
         shared: dict[str, Any] = {
-            "dtype": config.dtype, "source": source,
-            "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs,
+            "source": source, "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs,
         }  # fmt: skip
-        if config.engine == "transformers" or not has_vllm():
+        if engine_name(self.config) == "transformers":
             from onpolicy.rollouts.transformers_sampler import TransformersSampler
 
-            return TransformersSampler(model_dir, **shared)
+            return TransformersSampler(load_causal_lm(model_dir, getattr(torch, config.dtype), self.device), **shared)
         from onpolicy.rollouts.vllm_local import VLLMSampler
 
-        return VLLMSampler(model_dir, kv_cache_gib=config.kv_cache_gib, **shared)
+        return VLLMSampler(model_dir, dtype=config.dtype, kv_cache_gib=config.kv_cache_gib, **shared)
 
     def _open_student_sampler(self) -> Sampler:
         if self.sampler is None:
-            with tempfile.TemporaryDirectory(dir=self.directory) as scratch:
-                self.student.save(Path(scratch), self.prepared.tokenizer)
-                self.sampler = self.resources.enter_context(self.open_sampler(scratch, "student"))
+            with self._saved_student() as directory:
+                self.sampler = self.resources.enter_context(self.open_sampler(directory, "student"))
         return self.sampler
+
+    @contextlib.contextmanager
+    def _saved_student(self) -> Iterator[str]:
+        """A directory with the student as it is, for all processes, while the block lasts."""
+        directory = self.directory / ".student"
+        if self.main:
+            self.student.save(directory, self.prepared.tokenizer)
+        self.processes.wait()
+        yield str(directory)
+        self.processes.wait()
+        if self.main:
+            shutil.rmtree(directory)
 
     # -- the teacher's own samples, drawn once and kept
 
     def _teacher_samples(self) -> None:
         """Draw what the warm start and the evaluation need of the teacher, unless an earlier start left it here."""
-        wanted = list(self._teacher_jobs())
+        wanted = list(self.draws.of_teacher())
         missing = [job for job in wanted if not self._samples_file(job[0]).exists()]
-        if missing:
+        if missing and self.main:  # the others wait
             from onpolicy.teachers.convert import resolve_model
 
             with self.open_sampler(resolve_model(self.config.teacher.model), "teacher") as sampler:
@@ -192,46 +218,22 @@ class Run:
                     self.progress.stage(f"teacher samples: {name}", total)
                     report = lambda tokens: self.progress.advance("tokens, at most", by=tokens)  # noqa: E731
                     save_rollouts(self._samples_file(name), sampler.generate(prompts, params, report))
+        self.processes.wait()
         drawn = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
         self.warm_start_rollouts = drawn.get("warm_start", [])
         self.teacher_rollouts = {False: drawn.get("sampled", []), True: drawn.get("greedy", [])}
 
     def _held_out(self) -> HeldOut | None:
-        if not self._heldout_prompts():
+        prompts, batching = self.draws.heldout_prompts(), self.config.batching
+        if not prompts:
             return None
-        batching = self.config.batching
         return HeldOut(
-            self._heldout_prompts(), {greedy: self._heldout_params(greedy) for greedy in (False, True)},
-            self.teacher_rollouts, self.teacher,
+            prompts, self.draws.heldout(), self.teacher_rollouts, self.teacher,
             token_budget=batching.token_budget, share_prompts=batching.share_prompts,
         )  # fmt: skip
 
-    def _heldout_prompts(self) -> list[Prompt]:
-        return self.prepared.heldout_prompts[: self.config.evaluation.num_prompts]
-
     def _samples_file(self, name: str) -> Path:
         return self.directory / "samples" / f"teacher_{name}.jsonl"
-
-    def _teacher_jobs(self) -> Iterator[tuple[str, list[Prompt], SamplingParams]]:
-        config, warm = self.config, self.config.warm_start
-        if heldout := self._heldout_prompts():
-            yield "sampled", heldout, self._heldout_params(greedy=False)
-            yield "greedy", heldout, self._heldout_params(greedy=True)
-        if warm.num_prompts:
-            order = PromptOrder(self.prepared.train_prompts, derive(config.seed, "warm start prompts"))
-            prompts = order.next_batch(min(warm.num_prompts, len(self.prepared.train_prompts)))
-            yield "warm_start", prompts, self._sampling_params(warm.samples_per_prompt, "teacher")
-
-    def _sampling_params(self, n: int, purpose: str) -> SamplingParams:
-        sampling = self.config.sampling
-        return SamplingParams(
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.max_tokens, n,
-            derive(self.config.seed, purpose), self.prepared.stop_token_ids,
-        )  # fmt: skip
-
-    def _heldout_params(self, greedy: bool) -> SamplingParams:
-        tokens = self.config.evaluation.max_tokens
-        return heldout_params(tokens, derive(self.config.seed, "heldout"), greedy, self.prepared.stop_token_ids)
 
     # -- stages and evaluation
 
@@ -258,17 +260,14 @@ class Run:
     def _on_policy(self) -> OnPolicy:
         config = self.config
         settings = StageSettings("on_policy", config.steps, config.optim.learning_rate, config.optim.updates_per_step)
+        rewarded = config.algorithm == "policy_gradient" and config.policy_gradient.task_weight != 0
         return OnPolicy(
-            self.student, self.teacher, self._open_student_sampler, self._prompt_order(),
-            self._sampling_params(config.sampling.samples_per_prompt, "student"), make_update(config), settings,
+            self.student, self.panel, self._open_student_sampler, self.draws.prompt_order(),
+            self.draws.sampling(config.sampling.samples_per_prompt, "student"), make_update(config), settings,
             prompts_per_step=config.prompts_per_step, lmbda=config.gkd.lmbda if config.algorithm == "gkd" else 1.0,
             seed=config.seed, health=config.health,
+            grade=answer_grader(self.prepared.tokenizer) if rewarded else None,
         )  # fmt: skip
-
-    def _prompt_order(self) -> PromptOrder:
-        return PromptOrder(
-            self.prepared.train_prompts, derive(self.config.seed, "prompts"), self.config.prompts.shuffle
-        )
 
     def _evaluate(self, label: str) -> None:
         """Held-out figures under ``label``, unless a resumed run already has them."""
@@ -298,6 +297,7 @@ class Run:
             write_model_card(student, self.config, summary)
             write_report(self.directory / "report.html", self.directory / "metrics.jsonl", summary)
             write_json(self.prepared.summary, summary)  # last: its presence says that the run is complete
+        self.processes.wait()
         return self.prepared.summary
 
     def summary(self) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     ensure_tuned()
     from onpolicy.prepare import prepare
+    from onpolicy.processes import is_first
     from onpolicy.run import Interrupted, StoppedRun, execute
 
     try:
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except StoppedRun as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    say_what_was_reached(summary)
+    if is_first():
+        say_what_was_reached(summary)
     return 0
 
 

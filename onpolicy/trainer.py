@@ -16,13 +16,15 @@ from onpolicy.batching import Batch, pack
 from onpolicy.checkpoint import CheckpointStore
 from onpolicy.guards import apply_guards
 from onpolicy.health import StepTokens, health_warnings, rollout_health, token_health
-from onpolicy.metrics import JsonLines, Means, PhaseTimer, Progress, peak_rss_gib, rates
+from onpolicy.metrics import JsonLines, Means, PhaseTimer, Progress, mean_of, peak_rss_gib, rates
 from onpolicy.optimization import NonFiniteError, Optimization, schedule_scale
 from onpolicy.parity import ParityMeter, processed_as_sampled
+from onpolicy.processes import Processes
 from onpolicy.seeds import derive
 from onpolicy.stages import Stage
 from onpolicy.student import Student
-from onpolicy.teachers import Score
+from onpolicy.task import task_metrics
+from onpolicy.teachers import Verdict
 from onpolicy.types import Rollout, SamplingParams
 from onpolicy.updates import loss_share
 
@@ -59,6 +61,7 @@ class Trainer:
         progress: Progress,
     ):
         self.config, self.student, self.accelerator = config, student, accelerator
+        self.processes = Processes(accelerator)
         self.store, self.progress = store, progress
         self.optimization = Optimization(student.trainable().values(), config.optim, accelerator)
         self.state = RunState()
@@ -78,7 +81,7 @@ class Trainer:
             record = self.step(stage)
             self.record(record)
             last = self.state.step == settings.steps
-            stopping = self.stop_requested()
+            stopping = self.processes.any(self.stop_requested())  # a signal reaches one process before another
             if stopping or last or self.state.step % self.config.checkpoint.every == 0:
                 self.save(stage)
             if stopping and not last:
@@ -86,29 +89,32 @@ class Trainer:
         return True
 
     def step(self, stage: Stage) -> dict[str, Any]:
-        """Sample, score, update, sync; what to log of it."""
+        """Sample, score, update, sync; what to log of it. Each process has its share of the prompts."""
         state, timer = self.state, PhaseTimer()
         where = f"{stage.settings.name} step {state.step}"
         self._seed_step(stage)
         with timer("rollout"):
-            drawn = stage.rollouts(state.step)
-        rollouts = apply_guards(drawn, self.config.health)
-        if not rollouts:
-            self.progress.say(f"warning: {where}: every completion was dropped (health.drop_truncated), no update")
+            groups = stage.rollouts(state.step, self.processes.share)
         updates: list[dict[str, float]] = []
-        parity = ParityMeter()
-        for part, chosen in enumerate(split_by_prompt(rollouts, stage.settings.updates_per_step)):
+        kept = 0
+        for part, drawn in enumerate(split(groups, stage.settings.updates_per_step)):
+            chosen = apply_guards(drawn, self.config.health)
+            kept += sum(map(len, chosen))
             batches = [b.to(self.student.device) for b in self._pack(chosen)]
             with timer("score"):
                 scored = [(batch, stage.score(batch, chosen)) for batch in batches]
             with timer("update"):
-                rate = self._learning_rate(stage, part)
-                updates.append(self._update(stage, chosen, scored, parity if part == 0 else None, rate, where))
+                meter = None if updates else ParityMeter()  # afterwards the trainer has moved on
+                done = self._update(stage, chosen, scored, meter, self._learning_rate(stage, part), where)
+                updates += [] if done is None else [done]
+        if not updates:
+            self.progress.say(f"warning: {where}: every completion was dropped (health.drop_truncated), no update")
         with timer("sync"):
             stage.after_step(state.policy_version)
-        metrics = mean_of(updates) | rollout_health(drawn, self.config.health)
-        metrics["health/kept_tokens"] = sum(map(len, rollouts)) / sum(map(len, drawn))
-        return self._finish_step(stage, drawn, timer, metrics | parity.metrics())
+        everything = self.processes.gather([rollout for group in groups for rollout in group])
+        metrics = mean_of(updates) | rollout_health(everything, self.config.health) | task_metrics(everything)
+        metrics["health/kept_tokens"] = self.processes.sum(kept) / sum(map(len, everything))
+        return self._finish_step(stage, everything, timer, metrics)
 
     def _seed_step(self, stage: Stage) -> None:
         """Every step has random streams of its own, so what ran before it, or in which process, does not matter."""
@@ -131,41 +137,48 @@ class Trainer:
         self,
         stage: Stage,
         rollouts: Sequence[Rollout],
-        scored: Sequence[tuple[Batch, Score]],
+        scored: Sequence[tuple[Batch, Verdict]],
         parity: ParityMeter | None,
         learning_rate: float,
         where: str,
-    ) -> dict[str, float]:
-        """One optimizer update from these batches; the sampler's weights are checked before it is applied."""
+    ) -> dict[str, float] | None:
+        """One optimizer update from all processes' batches; the sampler's weights are checked before it is applied.
+
+        None, in every process, where no process has anything left to learn from.
+        """
         normalize = self.config.optim.normalize
-        denominator = self.optimization.global_sum(sum(loss_share(batch, normalize) for batch, _ in scored))
+        denominator = self.processes.sum(sum(loss_share(batch, normalize) for batch, _ in scored))
+        if not denominator:
+            return None
         means, total = Means(), 0.0
         watched: list[StepTokens] = []
-        for batch, score in scored:
+        for batch, verdict in scored:
             hidden, head = self.student(batch)
-            result = stage.update(batch, hidden, head, score, denominator)
+            result = stage.update(batch, hidden, head, verdict, denominator, self.student.head_grad())
             self.accelerator.backward(result.loss)
             total += result.loss.item()
             reward = result.teacher_logprobs - result.student_logprobs
             means.add(result.metrics | {"reward": reward}, len(batch.token_ids))
-            watched.append(StepTokens.of(batch, result))
+            watched.append(StepTokens.of(batch, result).cpu())
             if parity is not None:
                 self._compare(parity, batch, rollouts, hidden, head, result.student_logprobs)
-        total = self.optimization.global_sum(total)
+        total = self.processes.sum(total)
         if not math.isfinite(total):
             self.optimization.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"{where}: the loss is {total}; the update was not applied and the last checkpoint is intact. "
                 "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume"
             )
+        figures = {"loss": total, "learning_rate": learning_rate}
         if parity is not None:
+            parity = ParityMeter.join(self.processes.gather([parity]))
             parity.check(self.config.rollouts.parity_bound, self.state.steps_done)
-        norm = self.optimization.apply(learning_rate, where)
+            figures |= parity.metrics()
+        self.processes.complete_gradients(self.optimization.parameters)
+        figures["grad_norm"] = self.optimization.apply(learning_rate, where)
         self.state.policy_version += 1
-        return {
-            "loss": total, "grad_norm": norm, "learning_rate": learning_rate,
-            **means.result(), **token_health(StepTokens.join(watched)),
-        }  # fmt: skip
+        figures |= Means.join(self.processes.gather([means])).result()
+        return figures | token_health(StepTokens.join(self.processes.gather(watched)))
 
     def _compare(
         self,
@@ -237,7 +250,7 @@ class Trainer:
                     "metrics_lines": self.lines.lines if self.lines else 0,
                 },
             )
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
 
     def elapsed(self) -> float:
         """Wall-clock seconds of the run so far, those before a resume included."""
@@ -259,18 +272,13 @@ class Trainer:
         return saved["stage"]
 
 
-def mean_of(records: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Of each figure, the mean over the records that have it."""
-    names = dict.fromkeys(name for record in records for name in record)
-    return {name: float(np.mean([record[name] for record in records if name in record])) for name in names}
+def split(groups: Sequence[Sequence[Rollout]], parts: int) -> list[list[Rollout]]:
+    """``parts`` lists of about as many groups each; a group (a prompt's completions) stays together.
 
-
-def split_by_prompt(rollouts: Sequence[Rollout], parts: int) -> list[list[Rollout]]:
-    """``parts`` lists of about the same number of rollouts; a prompt's completions stay together."""
-    groups: dict[str, list[Rollout]] = {}
-    for rollout in rollouts:
-        groups.setdefault(rollout.prompt.id, []).append(rollout)
-    split: list[list[Rollout]] = [[] for _ in range(min(parts, len(groups)))]
-    for index, group in enumerate(groups.values()):
-        split[index * len(split) // len(groups)].extend(group)
-    return split
+    By the number of groups alone, empty ones included: every process makes as many parts, of the same prompts.
+    """
+    count = min(parts, len(groups))
+    divided: list[list[Rollout]] = [[] for _ in range(count)]
+    for index, group in enumerate(groups):
+        divided[index * count // len(groups)].extend(group)
+    return divided

@@ -64,6 +64,7 @@ class Rollout:
     policy_version: int  # updates the drawing policy had seen
     sample_index: int = 0  # which of the prompt's n samples
     source: Source = "student"
+    task_reward: float | None = None  # of the whole completion as it was drawn, e.g. 1.0; None where none was asked for
 
     def __len__(self) -> int:
         return len(self.completion_ids)

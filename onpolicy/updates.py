@@ -7,7 +7,7 @@ Shape legend: N completion tokens of the batch, B its rollouts, V vocabulary, D 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,10 +15,11 @@ import torch
 
 from onpolicy.batching import Batch
 from onpolicy.config import GKDConfig, PolicyGradientConfig, TrainConfig
-from onpolicy.losses import chunked, chunked_logprobs
+from onpolicy.losses import chunked, chunked_logprobs, chunked_reduce
 from onpolicy.losses.estimators import EstimatorOptions, policy_gradient
 from onpolicy.losses.normalise import Normalisation
-from onpolicy.teachers import Score
+from onpolicy.losses.rewards import vocabulary_sums
+from onpolicy.teachers import Score, Verdict
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,12 @@ class BatchLoss:
     entropy: torch.Tensor | None = None  # [N] float32, the student's at the loss temperature, where it is computed
 
 
-Update = Callable[[Batch, torch.Tensor, torch.Tensor, Score, float], BatchLoss]
-"""(batch, student hidden [N, D], student head [V, D], score, denominator) -> BatchLoss"""
+Update = Callable[[Batch, torch.Tensor, torch.Tensor, Verdict, float, torch.Tensor | None], BatchLoss]
+"""(batch, student hidden [N, D], student head [V, D], verdict, denominator, head_grad [V, D] or None) -> BatchLoss
+
+``head_grad`` is where the head's gradient is added, see :func:`onpolicy.losses.chunked`; the loss is backpropagated as
+it is.
+"""
 
 
 def loss_temperature(sampling_temperature: float) -> float:
@@ -42,7 +47,7 @@ def loss_temperature(sampling_temperature: float) -> float:
 
 
 def make_update(config: TrainConfig) -> Update:
-    """The on-policy phase's update. ValueError when its settings contradict the sampling."""
+    """The on-policy phase's update. ValueError when its settings contradict each other or the sampling."""
     temperature = loss_temperature(config.sampling.temperature)
     if config.algorithm == "gkd":
         return _from_gkd_config(config.gkd, temperature, config.optim.normalize)
@@ -64,52 +69,135 @@ def _from_gkd_config(config: GKDConfig, temperature: float, normalize: Normalisa
 def divergence_update(
     name: str, temperature: float, normalize: Normalisation = "token", options: dict[str, Any] | None = None
 ) -> Update:
-    """Full-vocabulary divergence at every prefix. No gradient flows through how the prefixes were sampled (GKD)."""
+    """Full-vocabulary divergence at every prefix. No gradient flows through how the prefixes were sampled (GKD).
 
-    def update(batch: Batch, hidden: torch.Tensor, head: torch.Tensor, score: Score, denominator: float) -> BatchLoss:
-        loss, metrics = chunked(
-            name, hidden, head, score.hidden, score.head,
-            token_ids=batch.token_ids, weights=token_weights(batch.sequence_ids, normalize),
-            temperature=temperature, denominator=denominator, **(options or {}),
-        )  # fmt: skip
+    Of several teachers the weighted mean of the divergences from each: for forward KL the same gradient as from the
+    teachers' mixture, for reverse KL as from their normalised geometric mean, and defined for every other one.
+    """
+
+    def update(
+        batch: Batch,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        verdict: Verdict,
+        denominator: float,
+        head_grad: torch.Tensor | None = None,
+    ) -> BatchLoss:
+        parts = [
+            chunked(
+                name, hidden, head, score.hidden, score.head,
+                token_ids=batch.token_ids, weights=token_weights(batch.sequence_ids, normalize),
+                temperature=temperature, denominator=denominator / share, head_grad=head_grad, **(options or {}),
+            )
+            for share, score in zip(verdict.weights, verdict.teachers, strict=True)
+        ]  # fmt: skip
+        metrics = [metrics for _, metrics in parts]
         return BatchLoss(
-            loss, metrics["student_logprobs"], metrics["teacher_logprobs"], {"divergence": metrics["per_token"]},
-            metrics["student_entropy"],
+            torch.stack([loss for loss, _ in parts]).sum(), metrics[0]["student_logprobs"],
+            weighted_sum(verdict.weights, [each["teacher_logprobs"] for each in metrics]),
+            {"divergence": weighted_sum(verdict.weights, [each["per_token"] for each in metrics])},
+            metrics[0]["student_entropy"],
         )  # fmt: skip
 
     return update
 
 
 def policy_gradient_update(config: PolicyGradientConfig, temperature: float, normalize: Normalisation) -> Update:
-    """Reward log pi_T - log pi_S of each sampled token, corrected for sampler and trainer being different engines."""
+    """Reward log pi_T - log pi_S of each sampled token, corrected for sampler and trainer being different engines.
+
+    The reward leads away from the verdict's reference where ``config.extrapolation`` says so, and counts the task's
+    where the verdict has one. ValueError for settings that contradict each other.
+    """
+    check_policy_gradient(config)
     fields = asdict(config)
-    control_variate = fields.pop("control_variate")
+    control, _ = fields.pop("control_variate"), fields.pop("reference_model")
     options = EstimatorOptions(**fields, normalisation=normalize)
 
-    def update(batch: Batch, hidden: torch.Tensor, head: torch.Tensor, score: Score, denominator: float) -> BatchLoss:
-        student = chunked_logprobs(hidden, head, batch.token_ids, temperature=temperature)
-        teacher = score.logprobs(batch.token_ids, temperature)
-        whole = _whole_vocabulary(hidden, head, score, temperature) if control_variate else {}
-        expected = -whole["per_token"] if control_variate else None
-        everything = torch.ones_like(batch.token_ids, dtype=torch.bool)
+    def update(
+        batch: Batch,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        verdict: Verdict,
+        denominator: float,
+        head_grad: torch.Tensor | None = None,
+    ) -> BatchLoss:
+        ids = batch.token_ids
+        student = chunked_logprobs(hidden, head, ids, temperature=temperature, head_grad=head_grad)
+        teacher = verdict.logprobs(ids, temperature)
+        reference = None if verdict.reference is None else verdict.reference.logprobs(ids, temperature)
+        whole = whole_vocabulary(control, hidden, head, verdict, options.extrapolation, temperature)
         loss, metrics = policy_gradient(
-            student, batch.sampler_logprobs, teacher, batch.sequence_ids, everything,
-            options=options, control_variate=expected, denominator=denominator,
+            student, batch.sampler_logprobs, teacher, batch.sequence_ids, torch.ones_like(ids, dtype=torch.bool),
+            options=options, control_variate=whole.get("control_variate"), reference_logprobs=reference,
+            task_rewards=verdict.task_rewards if options.task_weight else None, denominator=denominator,
         )  # fmt: skip
-        per_token = -expected if expected is not None else student.detach() - teacher
-        return BatchLoss(
-            loss, student.detach(), teacher, metrics | {"divergence": per_token}, whole.get("student_entropy")
-        )
+        metrics["divergence"] = whole.get("divergence", student.detach() - teacher)
+        return BatchLoss(loss, student.detach(), teacher, metrics, whole.get("student_entropy"))
 
     return update
 
 
+def check_policy_gradient(config: PolicyGradientConfig) -> None:
+    """ValueError, with the remedy, for settings that cannot work together."""
+    if (config.extrapolation != 1) != (config.reference_model is not None):
+        raise ValueError(
+            f"policy_gradient.extrapolation is {config.extrapolation} and policy_gradient.reference_model "
+            f"{config.reference_model or 'unset'}: rewards are extrapolated from a reference model; set both, or leave "
+            "extrapolation at 1 and reference_model unset"
+        )
+    if config.extrapolation <= 0 or config.task_weight < 0:
+        raise ValueError(
+            f"policy_gradient.extrapolation must be positive and task_weight at least 0, got {config.extrapolation}, "
+            f"{config.task_weight}: the student would be led away from its teacher, or from right answers"
+        )
+    if config.place != "reward" and (config.control_variate != "none" or config.task_weight):
+        raise ValueError(
+            f"policy_gradient.place: {config.place} has no reward to subtract from or to add to: set "
+            "policy_gradient.control_variate: none and task_weight: 0, or place: reward"
+        )
+    if config.task_weight and config.task_placement == "last" and config.discount == 0:
+        raise ValueError(
+            "policy_gradient.task_placement: last with discount: 0 teaches the task to last tokens alone; set "
+            "task_placement: sequence, or a discount above 0"
+        )
+
+
 @torch.no_grad()
-def _whole_vocabulary(
-    hidden: torch.Tensor, head: torch.Tensor, score: Score, temperature: float
+def whole_vocabulary(
+    control: str, hidden: torch.Tensor, head: torch.Tensor, verdict: Verdict, extrapolation: float, temperature: float
 ) -> dict[str, torch.Tensor]:
-    """``per_token`` reverse KL and ``student_entropy``, [N]."""
-    return chunked("reverse_kl", hidden.detach(), head.detach(), score.hidden, score.head, temperature=temperature)[1]
+    """What sums over the vocabulary say of each position, in bounded memory; {} for the control variate "none".
+
+    ``control_variate``, ``divergence`` (the teachers' mean reverse KL) and ``student_entropy``, [N] nats each. The
+    reward is sum_k c_k (log pi_k - log pi_S), c the teachers' weights times the extrapolation and, for the reference,
+    1 - extrapolation; both control variates are linear in it.
+    """
+    if control == "none":
+        return {}
+    student, scores, shares = (hidden.detach(), head.detach()), list(verdict.teachers), list(verdict.weights)
+    if verdict.reference is not None:
+        scores.append(verdict.reference)
+        shares = [extrapolation * share for share in shares] + [1.0 - extrapolation]
+    sums = [_expected_alone(*student, score, temperature) if control == "expected" else
+            chunked_reduce(*student, score.hidden, score.head, vocabulary_sums, temperature=temperature)
+            for score in scores]  # fmt: skip
+    divergences = [-each["expected"] for each in sums[: len(verdict.teachers)]]
+    return {
+        "control_variate": weighted_sum(shares, [each[control] for each in sums]),
+        "divergence": weighted_sum(verdict.weights, divergences),
+        "student_entropy": sums[0]["student_entropy"],
+    }
+
+
+def _expected_alone(hidden: torch.Tensor, head: torch.Tensor, score: Score, temperature: float) -> dict[str, Any]:
+    """The part of ``vocabulary_sums`` that the fused kernel for reverse KL gives."""
+    metrics = chunked("reverse_kl", hidden, head, score.hidden, score.head, temperature=temperature)[1]
+    return {"expected": -metrics["per_token"], "student_entropy": metrics["student_entropy"]}
+
+
+def weighted_sum(weights: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """sum_k weights[k] * values[k]."""
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
 def token_weights(sequence_ids: torch.Tensor, normalize: Normalisation) -> torch.Tensor | None:

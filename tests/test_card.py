@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from onpolicy.config import TrainConfig
+from onpolicy.config import TeacherConfig, TrainConfig
 from onpolicy.evaluate import provenance
 from onpolicy.evaluate.card import write_model_card
 from onpolicy.evaluate.provenance import Origin, front_matter, num_parameters, origin_of
@@ -260,3 +260,16 @@ def save_tiny_student(directory: Path) -> int:
     model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
     return sum(p.numel() for p in model.parameters())
+
+
+def test_everyone_who_taught_is_named(tmp_path: Path) -> None:
+    config = TrainConfig(algorithm="policy_gradient")
+    config.other_teachers = [TeacherConfig(local_model(tmp_path, "second", {"LICENSE": "MIT License"}), weight=0.5)]
+    config.policy_gradient.extrapolation, config.policy_gradient.reference_model = (
+        1.5,
+        local_model(tmp_path, "base", {}),
+    )
+    config.policy_gradient.task_weight = 2.0
+    text = card(tmp_path, config)
+    assert "Further teachers (the first has weight 1): `second` (a local checkpoint), licence: mit, weight 0.5." in text
+    assert "closed-form control variate, extrapolated 1.5 times from `base`, right answers rewarded with 2" in text

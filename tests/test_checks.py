@@ -12,6 +12,8 @@ from onpolicy.prepare import prepare
 from onpolicy.train import main, parse
 from tests.conftest import as_options, make_model, make_tokenizer
 
+POLICY_GRADIENT = {"algorithm": "policy_gradient"}
+
 
 @pytest.fixture(autouse=True)
 def no_model_is_loaded(monkeypatch) -> None:
@@ -54,6 +56,21 @@ def settings(tiny_settings, tmp_path) -> dict:
         ({"evaluation__num_prompts": 99}, ["prompts.heldout_size"]),
         ({"algorithm": "policy_gradient", "sampling__temperature": 0.0}, ["sampling.temperature above 0"]),
         ({"policy_gradient__ratio_cap": -1, "algorithm": "policy_gradient"}, ["ratio_cap"]),
+        ({"policy_gradient__extrapolation": 1.5, "algorithm": "policy_gradient"}, ["reference_model", "set both"]),
+        ({"policy_gradient__reference_model": "/x", "algorithm": "policy_gradient"}, ["extrapolation is 1.0"]),
+        ({"policy_gradient__task_weight": -1, "algorithm": "policy_gradient"}, ["task_weight at least 0"]),
+        ({"policy_gradient__place": "loss", "algorithm": "policy_gradient"}, ["control_variate: none"]),
+        (
+            {"policy_gradient__task_weight": 1, "policy_gradient__task_placement": "last", **POLICY_GRADIENT},
+            ["last tokens alone", "task_placement: sequence"],
+        ),
+        (
+            {"policy_gradient__reference_model": "/x", "policy_gradient__extrapolation": 2, **POLICY_GRADIENT},
+            ["policy_gradient.reference_model", "no such model"],
+        ),
+        ({"other_teachers": '[{"model": "/no/such/model"}]'}, ["other_teachers[0].model", "/no/such/model"]),
+        ({"other_teachers": '[{"weight": 0}]'}, ["other_teachers[0].weight must be positive"]),
+        ({"teacher__weight": -1}, ["teacher.weight must be positive"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -130,6 +147,34 @@ def test_dataset_completions_are_needed_where_they_are_used(settings, tmp_path) 
     (tmp_path / "d.jsonl").write_text("\n".join(rows))
     message = mistake(settings, prompts__source=str(tmp_path / "d.jsonl"), gkd__lmbda=0.5)
     assert "prompts.completion_column" in message and "gkd.lmbda" in message
+
+
+def test_a_task_needs_answers(settings, tmp_path) -> None:
+    rows = [json.dumps({"prompt": f"How much is {i} and {i}?"}) for i in range(40)]
+    (tmp_path / "d.jsonl").write_text("\n".join(rows))
+    changes = {"prompts__source": str(tmp_path / "d.jsonl"), "policy_gradient__task_weight": 1.0}
+    message = mistake(settings, **changes, **POLICY_GRADIENT)
+    assert "prompts.answer_column" in message and "32 of 32 prompts" in message
+    config, _ = parse(as_options({**settings, "policy_gradient.task_weight": 1.0, **POLICY_GRADIENT}))
+    assert prepare(config, resume=False).train_prompts  # the built-in problems have answers
+
+
+def test_everyone_who_scores_reads_the_same_ids(settings, tokenizer, teacher_dir, tmp_path) -> None:
+    """Tokens, rows and chat template of further teachers and of the reference."""
+    beyond = {**POLICY_GRADIENT, "policy_gradient__extrapolation": 2}
+    make_model(tmp_path / "tokens", make_tokenizer(300))
+    message = mistake(settings, **beyond, policy_gradient__reference_model=str(tmp_path / "tokens"))
+    assert "policy_gradient.reference_model has another tokenizer" in message
+    make_model(tmp_path / "rows", tokenizer, layers=2, rows=len(tokenizer) - 8)
+    message = mistake(settings, other_teachers=f'[{{"model": "{tmp_path / "rows"}"}}]')
+    assert "other_teachers[0].model has 376 output rows" in message
+    shutil.copytree(teacher_dir, tmp_path / "template")
+    (tmp_path / "template" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    others = f'[{{"model": "{teacher_dir}"}}, {{"model": "{tmp_path / "template"}"}}]'
+    assert "other_teachers[1].model has another chat template" in mistake(settings, other_teachers=others)
+    (tmp_path / "template" / "chat_template.jinja").unlink()  # a base model
+    config, _ = parse(as_options({**settings, "other_teachers": others}))
+    assert prepare(config, resume=False).train_prompts
 
 
 def test_a_full_disk_is_foreseen(tmp_path) -> None:

@@ -17,6 +17,7 @@ from onpolicy.doctor import Finding, Report, costs, delivery, sampler, speed, te
 from onpolicy.doctor.__main__ import main, parse
 from onpolicy.doctor.examination import examine
 from onpolicy.doctor.findings import plain_text, show
+from onpolicy.models import read_causal_lm
 from onpolicy.rollouts import transformers_sampler
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
 from onpolicy.teachers.local import LocalTeacher
@@ -220,7 +221,7 @@ def test_a_head_that_is_no_plain_product(settings, tokenizer, tmp_path) -> None:
 
 def test_a_head_that_is_plain_on_the_probe_only(settings, taught, monkeypatch) -> None:
     """Soft-capping leaves small logits alone: the four tokens looked at when a model is loaded may not show it."""
-    loaded = teacher.load(str(taught), torch.float32)
+    loaded = read_causal_lm(str(taught), torch.float32)
     monkeypatch.setattr(teacher, "check_linear_head", lambda model: None)
     ids = [prompt_text([2, 40, 41, 42, 43])]
     assert teacher.plain_head(loaded.model, ids, "teacher").level == "ok"
@@ -367,6 +368,19 @@ def test_the_student_is_left_as_it_was(taught, settings) -> None:
         assert not any(torch.equal(before[n], p) for n, p in student.trainable().items())
         raise KeyboardInterrupt
     assert all(torch.equal(before[n], p) for n, p in student.trainable().items())
+
+
+def test_everyone_who_scores_takes_part_in_the_small_step(settings, taught) -> None:
+    changes = {
+        "algorithm": "policy_gradient", "policy_gradient__extrapolation": 1.5, "policy_gradient__task_weight": 1.0,
+        "policy_gradient__reference_model": taught, "other_teachers": f'[{{"model": "{taught}", "dtype": "float32"}}]',
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="prompts.answer_column"):
+        diagnose(settings, **changes)
+    found = diagnose(settings, **changes | {"policy_gradient__task_weight": 0.0})
+    assert found["other_teachers[0].model's licence"].level == "ok"
+    assert found["policy_gradient.reference_model's licence"].level == "ok"
+    assert "teachers 0.00" in found["memory"].found and found["throughput"].level in ("ok", "note")
 
 
 # -- costs

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onpolicy.losses import names, per_token
-from onpolicy.losses.__main__ import report
+from onpolicy.losses.__main__ import IN_README, Measured, documents
 from onpolicy.losses.proofs import cases
 from onpolicy.losses.proofs.facts import Facts
+from onpolicy.losses.proofs.truncation import truncation_rows
 from onpolicy.losses.proofs.values import control_rows, value_rows, variances
 from onpolicy.losses.proofs.worlds import Row, World, estimated, measure, per_sequence
 from onpolicy.losses.toy import Steps, Tree, brute_force, gradient, returns, score_gradient, sequence_kl, token_kl
@@ -190,7 +191,32 @@ def test_minus_kl_helps_the_unsure_and_can_hurt_the_sure() -> None:
     assert all(row.lowered["best"] == 1 for row in rows.values())
 
 
-def test_the_documents_table_is_true() -> None:
-    """Regenerate with: python -m onpolicy.losses --markdown > docs/estimators.md"""
-    document = Path(__file__).parents[1] / "docs" / "estimators.md"
-    assert document.read_text(encoding="utf-8") == report(World.make(), markdown=True)
+def test_what_is_generated_in_the_documents_is_true() -> None:
+    """Regenerate with: python -m onpolicy.losses --write"""
+    measured = Measured.of(World.make())
+    assert {row.name for row in measured.estimators} >= set(IN_README)
+    for path, text in documents(measured).items():
+        assert path.read_text(encoding="utf-8") == text, path.name
+
+
+def test_a_readme_without_its_markers_is_named(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md needs one line '<!-- begin"):
+        documents(Measured([], [], [], []), tmp_path)
+
+
+# --- truncated divergences ---
+
+MIXTURES = {"adaptive_kl", "lk_hybrid"}  # their weights depend on the distributions: no f-divergences
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_truncated_values_and_gradients(seed: int) -> None:
+    rows = {row.name: row for row in truncation_rows(World.make(8, 2, seed), (1, 2, 4, 8))}
+    assert set(rows) == set(names()) - {"kd"}
+    assert {row.name: row.error for row in rows.values() if not row.error < EXACT} == {}
+    for name, row in rows.items():
+        assert abs(row.value[8]) < EXACT and row.gradient[8] < EXACT
+        assert min(row.gradient[k] for k in (1, 2, 4)) > 1e-3
+        if name not in MIXTURES:  # coarser never tells two distributions better apart
+            assert -1 < row.value[1] <= row.value[2] <= row.value[4] < 0

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,14 +36,14 @@ def train(settings: dict, directory: Path, name: str = "run", **changes: object)
     return json.loads(execute(prepare(config, resume)).read_text())
 
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    command = [sys.executable, "-m", "onpolicy.train", *arguments]
+def start(arguments: list[str], launcher: Sequence[str] = ()) -> subprocess.Popen:
+    command = [sys.executable, *launcher, "-m", "onpolicy.train", *arguments]
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def complete(arguments: list[str]) -> str:
+def complete(arguments: list[str], launcher: Sequence[str] = ()) -> str:
     """Train in a process of its own, to the end; its output. Equal bits need equal threads, so all of them have one."""
-    process = start(arguments)
+    process = start(arguments, launcher)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
     return output
@@ -164,7 +165,7 @@ def test_a_finished_run_is_not_run_again(finished, tiny_settings) -> None:
     "changes",
     [
         {"algorithm": "policy_gradient"},
-        {"algorithm": "policy_gradient", "policy_gradient__discount": 1.0, "policy_gradient__control_variate": False},
+        {"algorithm": "policy_gradient", "policy_gradient__discount": 1.0, "policy_gradient__control_variate": "none"},
         {"gkd__divergence": "forward_kl", "gkd__lmbda": 0.5},
         {"student__lora__rank": 4},
         {"sampling__top_p": 0.8, "sampling__top_k": 50, "sampling__temperature": 0.7},

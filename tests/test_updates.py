@@ -11,7 +11,7 @@ import torch
 
 from onpolicy.batching import pack
 from onpolicy.config import GKDConfig, PolicyGradientConfig, TrainConfig
-from onpolicy.teachers import Score
+from onpolicy.teachers import Score, Verdict
 from onpolicy.types import Prompt, Rollout
 from onpolicy.updates import divergence_update, loss_share, make_update, policy_gradient_update, token_weights
 
@@ -31,7 +31,18 @@ def case(seed: int = 0, lengths: tuple[int, ...] = (3, 1, 2)):
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return batch, normal(n, HIDDEN).requires_grad_(), normal(VOCAB, HIDDEN), Score(normal(n, 4), normal(VOCAB, 4))
+    return batch, normal(n, HIDDEN).requires_grad_(), normal(VOCAB, HIDDEN), verdict(normal(n, 4), normal(VOCAB, 4))
+
+
+def verdict(hidden: torch.Tensor, head: torch.Tensor) -> Verdict:
+    """Of one teacher."""
+    return Verdict((Score(hidden, head),))
+
+
+def factors(said: Verdict) -> tuple[torch.Tensor, torch.Tensor]:
+    """The only teacher's hidden states and head."""
+    (score,) = said.teachers
+    return score.hidden, score.head
 
 
 def log_probs(hidden: torch.Tensor, head: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
@@ -46,7 +57,7 @@ def test_gkd_value_and_gradient(temperature, normalize) -> None:
     config.sampling.temperature, config.optim.normalize = temperature, normalize
     denominator = loss_share(batch, normalize)
     result = make_update(config)(batch, hidden, head, score, denominator)
-    q, p = log_probs(hidden, head, temperature), log_probs(score.hidden, score.head, temperature)
+    q, p = log_probs(hidden, head, temperature), log_probs(*factors(score), temperature)
     per_token = (q.exp() * (q - p)).sum(-1)
     if normalize == "token":
         expected = per_token.mean()
@@ -66,7 +77,7 @@ def test_jsd_by_hand(beta) -> None:
     (batch,) = pack([rollout], 10)
     head = torch.eye(2, dtype=torch.float64)
     hidden = torch.tensor([[math.log(0.25), math.log(0.75)]], dtype=torch.float64, requires_grad=True)
-    score = Score(torch.tensor([[math.log(0.5)] * 2], dtype=torch.float64), head)
+    score = verdict(torch.tensor([[math.log(0.5)] * 2], dtype=torch.float64), head)
     config = TrainConfig(gkd=GKDConfig(beta=beta))
     value = make_update(config)(batch, hidden, head, score, 1).loss.item()
     s, t = (0.25, 0.75), (0.5, 0.5)
@@ -82,7 +93,7 @@ def test_jsd_by_hand(beta) -> None:
     assert value == pytest.approx(expected, abs=1e-12)
 
 
-@pytest.mark.parametrize("control_variate", [True, False])
+@pytest.mark.parametrize("control_variate", ["none", "expected", "least_variance"])
 def test_policy_gradient_summed_over_all_samples_is_the_gradient_of_reverse_kl(control_variate) -> None:
     """One-token completions, every outcome weighted with its probability: the exact expectation."""
     _, hidden, head, score = case(lengths=(1, 1))
@@ -99,7 +110,7 @@ def test_policy_gradient_summed_over_all_samples_is_the_gradient_of_reverse_kl(c
         (batch,) = pack(rollouts, 100)
         loss = update(batch, hidden, head, score, 2).loss
         expectation += probability * torch.autograd.grad(loss, hidden)[0]
-    p = log_probs(score.hidden, score.head)
+    p = log_probs(*factors(score))
     (exact,) = torch.autograd.grad((q.exp() * (q - p)).sum(-1).mean(), hidden)
     torch.testing.assert_close(expectation, exact, rtol=1e-5, atol=1e-7)  # sampler log-probs are float32
 
@@ -136,7 +147,7 @@ def test_micro_batches_add_up_to_one_big_batch(normalize, algorithm) -> None:
         total = torch.zeros_like(weights)
         for batch in pack(rollouts, budget):
             rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch.indices])
-            part = Score(score.hidden[rows], score.head)
+            part = verdict(score.teachers[0].hidden[rows], score.teachers[0].head)
             loss = update(batch, hidden.detach()[rows], weights, part, denominator).loss
             total += torch.autograd.grad(loss, weights)[0]
         return total
@@ -162,5 +173,5 @@ def test_a_greedy_policy_gradient_is_refused() -> None:
 def test_any_divergence_by_name() -> None:
     batch, hidden, head, score = case()
     result = divergence_update("total_variation", 1.0)(batch, hidden, head, score, len(batch.token_ids))
-    q, p = log_probs(hidden, head).exp(), log_probs(score.hidden, score.head).exp()
+    q, p = log_probs(hidden, head).exp(), log_probs(*factors(score)).exp()
     torch.testing.assert_close(result.loss, 0.5 * (p - q).abs().sum(-1).mean())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -96,11 +97,12 @@ def memory(needs: Memory) -> Finding:
 
 
 def memory_parts(
-    student: Student, teacher: torch.nn.Module, saved_per_position: float, longest: int, config: TrainConfig
+    student: Student, panel: Sequence[torch.nn.Module], saved_per_position: float, longest: int, config: TrainConfig
 ) -> dict[str, int]:
     """What lies in memory during an update.
 
     Args:
+        panel: every model that scores.
         saved_per_position: bytes kept for the backward pass by each position of a batch, as measured.
         longest: tokens of the longest prompt and completion together.
     """
@@ -115,7 +117,7 @@ def memory_parts(
     kind = student.device.type
     return {
         "libraries": int(_LIBRARIES) if kind == "cpu" else 0,
-        "teacher": tensor_bytes(teacher),
+        "teacher" if len(panel) == 1 else "teachers": sum(map(tensor_bytes, panel)),
         "student": tensor_bytes(student.model),
         "gradients": 4 * trained,
         "optimizer": 8 * trained,

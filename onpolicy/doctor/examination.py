@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onpolicy.checks import panel_models
 from onpolicy.config import TrainConfig
 from onpolicy.doctor import costs, delivery, sampler, speed, teacher, text
 from onpolicy.doctor.findings import Finding, Report
-from onpolicy.doctor.survey import survey
 from onpolicy.metrics import PhaseTimer
-from onpolicy.prepare import has_vllm
+from onpolicy.models import read_causal_lm
+from onpolicy.prepare import engine_name, survey
 from onpolicy.prompts import end_of_turn_id
 from onpolicy.prompts.load import load_examples
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
@@ -26,6 +27,7 @@ from onpolicy.run import Run
 from onpolicy.seeds import derive
 from onpolicy.student import build_student
 from onpolicy.teachers.local import LocalTeacher
+from onpolicy.teachers.panel import Panel, open_panel
 from onpolicy.types import Prompt, Rollout, SamplingParams
 from onpolicy.updates import loss_temperature
 
@@ -93,6 +95,7 @@ class Examination:
             text.chat_templates(tokenizer, seen.student_tokenizer, config.prompts, len(prompts)),
             text.prompt_lengths(prompts, rows, seen.prompt_limit),
             costs.licence(config.teacher.model),
+            *(costs.licence(name, f"{option}'s") for option, name in panel_models(config).items()),
             costs.licence(config.student.model, "student's") if config.student.model is not None else None,
             costs.run_directory(prepared.directory, prepared.resume),
         )
@@ -104,7 +107,7 @@ class Examination:
         """True when there is no point in going on."""
         config = self.config
         with self.timer("loading models"):
-            loaded = teacher.load(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
+            loaded = read_causal_lm(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
         with self.timer("teacher's scores"):
             self.texts = teacher.real_texts(self.prepared.train_prompts[:_TEXTS])
             finding = teacher.weights(loaded, "teacher")
@@ -137,7 +140,7 @@ class Examination:
         settings = self.config.student
         with self.timer("loading models"):
             if settings.model is not None:
-                loaded = teacher.load(settings.model, torch.float32)
+                loaded = read_causal_lm(settings.model, torch.float32)
                 if self.add(
                     teacher.weights(loaded, "student"), teacher.plain_head(loaded.model, self.texts, "student")
                 ):
@@ -164,8 +167,10 @@ class Examination:
                 rollouts, rate = self._small_rollouts(engine)
                 with self.timer("sampler's checks"):
                     sync = self._agreement(engine, rollouts)
+        with self.timer("loading models"):
+            panel = open_panel(self.config, self.teacher, self.device)
         with self.timer("one small step"):
-            self._costs(rollouts, rate, sync)
+            self._costs(panel, rollouts, rate, sync)
 
     def _compare(self, rollouts: Sequence[Rollout], params: SamplingParams) -> tuple[sampler.Comparison, float]:
         """Sampler against trainer, and how much of the difference is rounding."""
@@ -192,28 +197,24 @@ class Examination:
         params = self._params(_PROBE_TOKENS, n=1)
         compared, floor = self._compare(rollouts, params)
         warm_start = config.warm_start.num_prompts > 0
-        self.add(sampler.weights_agree(compared, floor, bound, self.engine_name, warm_start))
+        self.add(sampler.weights_agree(compared, floor, bound, engine_name(config), warm_start))
         prompts = self._prompts(_PROBE_PROMPTS)
         handed = delivery.deliver(self.student, engine, self.reference, prompts, params, config.batching)
         self.add(delivery.delivered(handed, config.student.lora.rank > 0))
         return handed.seconds
 
-    def _costs(self, rollouts: Sequence[Rollout], rate: float, sync: float) -> None:
+    def _costs(self, panel: Panel, rollouts: Sequence[Rollout], rate: float, sync: float) -> None:
         config, prompts = self.config, [*self.prepared.train_prompts, *self.prepared.heldout_prompts]
         lengths = [len(prompt.token_ids) for prompt in prompts]
-        score, update, apply, saved = speed.measure(self.student, self.teacher, rollouts, config)
+        score, update, apply, saved = speed.measure(self.student, panel, rollouts, config)
         measured = speed.Speed(rate, score, update, apply, sync, saved)
         longest = max(lengths) + max(config.sampling.max_tokens, config.evaluation.max_tokens)
-        parts = costs.memory_parts(self.student, self.teacher.model, saved, longest, config)
+        parts = costs.memory_parts(self.student, panel.models(), saved, longest, config)
         dearer = _parameters(self.teacher.model) / _parameters(self.student.model)
         self.add(
             costs.memory(costs.Memory(parts, self.available, costs.held_bytes(self.device))),
-            speed.throughput(measured, dearer, sum(lengths) / len(lengths), config, self.engine_name),
+            speed.throughput(measured, dearer, sum(lengths) / len(lengths), config, engine_name(config)),
         )
-
-    @property
-    def engine_name(self) -> str:
-        return "transformers" if self.config.rollouts.engine == "transformers" or not has_vllm() else "vllm"
 
     def _prompts(self, count: int) -> list[Prompt]:
         return self.prepared.train_prompts[:count]

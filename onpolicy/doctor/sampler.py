@@ -14,7 +14,7 @@ import torch
 from onpolicy.batching import pack
 from onpolicy.config import BatchingConfig
 from onpolicy.doctor.findings import Finding
-from onpolicy.doctor.teacher import load
+from onpolicy.models import read_causal_lm
 from onpolicy.student import Student
 from onpolicy.types import Rollout, SamplingParams
 from onpolicy.updates import loss_temperature
@@ -70,6 +70,7 @@ def compare(
     for batch in pack(rollouts, batching.token_budget, share_prompts=batching.share_prompts):
         batch = batch.to(student.device)
         hidden, head = student(batch)
+        head = head.to(hidden.dtype)
         for rows, ids, drawn in zip(
             hidden.split(_ROWS), batch.token_ids.split(_ROWS), batch.sampler_logprobs.split(_ROWS), strict=True
         ):
@@ -99,7 +100,7 @@ class Reference:
 
     def __init__(self, student: Student, checkpoint: Path, dtype: str):
         self._dtype: torch.dtype = getattr(torch, dtype)
-        model = load(str(checkpoint), torch.float32, student.device).model
+        model = read_causal_lm(str(checkpoint), torch.float32, student.device).model
         self._exact = Student(model, precision=torch.float32)
         self._rounded = Student(model, precision=self._dtype)
         self.follow(student)
@@ -190,7 +191,7 @@ def unused_rows(
     hidden, head = student(batch)
     if len(head) <= used:
         return None
-    mass = float((hidden[:_ROWS] @ head.T).float().softmax(-1)[:, used:].sum(-1).mean())
+    mass = float((hidden[:_ROWS] @ head.to(hidden.dtype).T).float().softmax(-1)[:, used:].sum(-1).mean())
     found = f"{len(head) - used} of the student's rows have no token and get {mass:.2g} of the probability"
     if mass < _UNUSED_MASS:
         return Finding("ok", "padded rows", found)

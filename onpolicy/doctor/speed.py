@@ -16,7 +16,7 @@ from onpolicy.updates import loss_share, make_update
 
 if TYPE_CHECKING:
     from onpolicy.student import Student
-    from onpolicy.teachers import Teacher
+    from onpolicy.teachers.panel import Panel
     from onpolicy.types import Rollout
 
 
@@ -33,7 +33,7 @@ class Speed:
 
 
 def measure(
-    student: Student, teacher: Teacher, rollouts: Sequence[Rollout], config: TrainConfig
+    student: Student, panel: Panel, rollouts: Sequence[Rollout], config: TrainConfig
 ) -> tuple[float, float, float, float]:
     """(score, update, apply, saved) of :class:`Speed`. The weights stay as they are; gradients are cleared."""
     update = make_update(config)
@@ -45,10 +45,10 @@ def measure(
         for batch in some:
             hidden, head = student(batch)
             denominator = loss_share(batch, config.optim.normalize)
-            update(batch, hidden, head, teacher.score(batch), denominator).loss.backward()
+            update(batch, hidden, head, panel.judge(batch), denominator, student.head_grad()).loss.backward()
 
     saved = saved_bytes(lambda: learn(batches[:1]), student.model) / batches[0].num_inputs  # and a warm-up
-    score = _timed(lambda: [teacher.score(batch) for batch in batches], student.device)
+    score = _timed(lambda: [panel.judge(batch) for batch in batches], student.device)
     both = _timed(lambda: learn(batches), student.device)
     # A learning rate of 0 leaves every weight as it is.
     optimizer = torch.optim.AdamW(student.trainable().values(), lr=0.0, weight_decay=0.0, fused=True)

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from onpolicy.attention import register
 from onpolicy.batching import pack, text_rollout
 from onpolicy.config import BatchingConfig
 from onpolicy.doctor.findings import Finding
-from onpolicy.models import check_linear_head, head_weight, loading_options
+from onpolicy.models import Loaded, check_linear_head, head_weight
 from onpolicy.teachers import Teacher
-from onpolicy.teachers.convert import resolve_model
 from onpolicy.types import Prompt, Rollout
 
 if TYPE_CHECKING:
@@ -27,29 +24,6 @@ if TYPE_CHECKING:
 _TEXT_TOKENS = 256  # of one prompt and its completion
 _FLOOR_BOUND, _FLOOR_ERROR = 0.05, 0.2  # mean nats; bfloat16 alone gives a hundredth
 _LEARNED_SHARE = 0.1  # of ln V, by which any trained model beats the uniform distribution on real text
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A checkpoint in memory, and what its loader had to make up."""
-
-    model: PreTrainedModel
-    invented: list[str]  # parameters the checkpoint lacks, or has in another shape: initialised at random
-
-
-def load(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
-    """As :func:`onpolicy.models.load_causal_lm`, but keeping the loader's report and refusing nothing."""
-    from transformers import AutoModelForCausalLM
-
-    path = resolve_model(name)
-    try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=register(), output_loading_info=True, **loading_options(path)
-        )
-    except OSError as error:
-        raise ValueError(f"cannot load the model '{name}': {error}") from error
-    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    return Loaded(model.to(device).eval(), sorted({*report["missing_keys"], *mismatched}))
 
 
 def weights(loaded: Loaded, who: str) -> Finding:

@@ -107,6 +107,9 @@ def _making_section(config: TrainConfig) -> str:
         )
     if config.steps:
         lines.append(_on_policy_line(config))
+        if config.other_teachers:
+            weighed = [f"{_named(origin_of(each.model))}, weight {each.weight:g}" for each in config.other_teachers]
+            lines.append(f"Further teachers (the first has weight {config.teacher.weight:g}): {'; '.join(weighed)}.")
         lines.append(f"Update: {_update(config)}.")
     lines.append(f"Seed {config.seed}.")
     return "## How it was made\n\n" + "\n".join(f"- {line}" for line in lines)
@@ -139,10 +142,14 @@ def _on_policy_line(config: TrainConfig) -> str:
 def _update(config: TrainConfig) -> str:
     if config.algorithm == "policy_gradient":
         pg = config.policy_gradient
-        variate = ", closed-form control variate" if pg.control_variate else ""
+        subtracted = {"none": "", "expected": ", closed-form control variate", "least_variance": ", best baseline"}
+        beyond = ""
+        if pg.reference_model is not None:
+            beyond = f", extrapolated {pg.extrapolation:g} times from {code(origin_of(pg.reference_model).name)}"
+        task = f", right answers rewarded with {pg.task_weight:g}" if pg.task_weight else ""
         return (
             f"policy gradient with the per-token reward log π_T − log π_S ({pg.estimate} in the {pg.place}, discount "
-            f"{pg.discount:g}, importance correction: {pg.correction}{variate})"
+            f"{pg.discount:g}, importance correction: {pg.correction}{subtracted[pg.control_variate]}{beyond}{task})"
         )
     gkd = config.gkd
     known = {0.0: ", which is forward KL", 1.0: ", which is reverse KL"}

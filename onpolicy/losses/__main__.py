@@ -1,21 +1,28 @@
-"""Print what every estimator really descends: ``python -m onpolicy.losses`` (``--markdown``: docs/estimators.md)."""
+"""Print what every estimator really descends: ``python -m onpolicy.losses``.
+
+``--write`` renews what is generated of it in a checkout: the whole of docs/estimators.md, with explanations, and the
+table in README.md, of the rows that a reader meets first.
+"""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import chain, groupby
+from pathlib import Path
 
 import torch
 
 from onpolicy.losses.proofs.cases import all_cases
+from onpolicy.losses.proofs.truncation import SIZES, TruncationRow, truncation_rows
 from onpolicy.losses.proofs.values import ControlRow, ValueRow, control_rows, value_rows
 from onpolicy.losses.proofs.worlds import CONTROLS, Row, World, measure
 
 HEADER = """\
 # What each estimator really descends
 
-Printed by `python -m onpolicy.losses --markdown`; a test keeps this file true. A toy language model (3 tokens, one of
+Written by `python -m onpolicy.losses --write`; a test keeps this file true. A toy language model (3 tokens, one of
 them the stop token; completions of up to 3 tokens; another distribution after every prefix) is small enough to sum
 over everything it can say, so nothing here is sampled: expectation and variance are exact, in float64. Each row's
 expectation equals the gradient of what stands under *really descends*, or a brute-force sum where no objective has
@@ -65,7 +72,41 @@ Variance of "k1 in reward, discount 0", in units of that without a control varia
 tokens, completions of up to 2), and the share of models in which it is lowered. -KL helps a student that is unsure
 of its next token and may hurt one that is sure; the best baseline costs one more sum over the vocabulary.
 """
+TRUNCATION_NOTE = """\
+`top_k: k` compares the teacher's k likeliest tokens and, as one bucket, all others (here of 8 tokens; completions of up
+to 2). Both sides stay distributions, so no value is negative and no gradient drains the support. Values of all but the
+two mixtures with weights of their own (`adaptive_kl`, `lk_hybrid`) can only shrink, and what is lost is how the student
+divides the bucket's mass: its gradient there. **Value**: (truncated - whole) / whole. **Gradient**: distance of the two
+gradients, prefixes held fixed, in units of the whole one's norm. At k = V both are 0. `kd` is as forward KL.
+"""
+IN_README = (
+    "k1 in reward", "k3 in reward", "k1 in loss", "k2 in loss", "k3 in loss", "k3 in loss, times S/stop(S)",
+    "discount 0", "discount 1", "discount 1, -KL subtracted from rewards", "extrapolation 1.5 from reference R",
+    "two teachers, weights 0.7 and 0.3", "task reward to every token, discount 0", "TIS: min(ρ, 2), token",
+    "ρ of the sequence", "unfinished rollouts masked",
+)  # fmt: skip
+BEGIN, END = "<!-- begin: python -m onpolicy.losses --write -->", "<!-- end -->"
+ROOT = Path(__file__).parents[2]
 BOUND = 1e-10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything that is printed."""
+
+    estimators: list[Row]
+    values: list[ValueRow]
+    controls: list[ControlRow]
+    truncations: list[TruncationRow]
+
+    @classmethod
+    def of(cls, world: World) -> Measured:
+        """All rows, each with its proof checked."""
+        rows, values = [measure(case) for case in all_cases(world)], list(value_rows(world))
+        truncations = list(truncation_rows())
+        worst = max(chain((r.error for r in rows), (v.error for v in values), (t.error for t in truncations)))
+        assert worst < BOUND, f"something is not what it is proved to be: off by {worst:.1e}"
+        return cls(rows, values, list(control_rows()), truncations)
 
 
 def number(value: float) -> str:
@@ -111,26 +152,50 @@ def control_table(rows: Iterable[ControlRow]) -> str:
     return table(header, map(cells, rows))
 
 
-def report(world: World, *, markdown: bool) -> str:
+def truncation_table(rows: Iterable[TruncationRow]) -> str:
+    header = ["divergence", *(f"{what}, k = {k}" for k in SIZES for what in ("value", "gradient"))]
+    cells = ([row.name, *(number(x[k]) for k in SIZES for x in (row.value, row.gradient))] for row in rows)
+    return table(header, cells)
+
+
+def report(measured: Measured, *, markdown: bool) -> str:
     """Everything, as text; ``markdown`` adds what the columns mean and a note on every idea."""
-    rows, values = [measure(case) for case in all_cases(world)], list(value_rows(world))
-    worst = max(*(row.error for row in rows), *(row.error for row in values))
-    assert worst < BOUND, f"an estimator is not what it is proved to be: off by {worst:.1e}"
-    sections = [(idea, NOTES[idea], gradient_table(group)) for idea, group in groupby(rows, key=lambda row: row.idea)]
-    sections.append(("values", VALUE_NOTE, value_table(values)))
-    sections.append(("how much a control variate saves", CONTROL_NOTE, control_table(control_rows())))
+    ideas = groupby(measured.estimators, key=lambda row: row.idea)
+    sections = [(idea, NOTES[idea], gradient_table(group)) for idea, group in ideas]
+    sections.append(("values", VALUE_NOTE, value_table(measured.values)))
+    sections.append(("how much a control variate saves", CONTROL_NOTE, control_table(measured.controls)))
+    sections.append(("truncated divergences", TRUNCATION_NOTE, truncation_table(measured.truncations)))
     parts = [HEADER.format(bound=f"{BOUND:.0e}")] if markdown else []
     for idea, note, lines in sections:
         parts += [f"## {idea}\n", f"{note}\n{lines}\n" if markdown else f"{lines}\n"]
     return "\n".join(parts)
 
 
+def documents(measured: Measured, root: Path = ROOT) -> dict[Path, str]:
+    """What the generated documents of a checkout must say. ValueError where the README's markers are gone."""
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"README.md needs one line '{BEGIN}' and one line '{END}', between which the table goes")
+    before, rest = readme.split(BEGIN)
+    shown = gradient_table(row for row in measured.estimators if row.name in IN_README)
+    return {
+        root / "docs" / "estimators.md": report(measured, markdown=True),
+        root / "README.md": f"{before}{BEGIN}\n{shown}\n{END}{rest.split(END)[1]}",
+    }
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m onpolicy.losses", description=__doc__)
-    parser.add_argument("--markdown", action="store_true", help="with explanations: the text of docs/estimators.md")
+    parser.add_argument("--write", action="store_true", help="renew docs/estimators.md and the table in README.md")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # tensors of a few hundred numbers: more threads only wait for each other
-    print(report(World.make(), markdown=options.markdown), end="")
+    measured = Measured.of(World.make())
+    if not options.write:
+        print(report(measured, markdown=False), end="")
+        return
+    for path, text in documents(measured).items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

@@ -88,7 +88,27 @@ def least_variance_baseline(
     is not what should be taken off those. Elsewhere it is unbiased still, only not the best.
     A student of one certain token has no gradient: its baseline is 0. Linear in the rewards.
     """
-    probabilities, rewards = _law_and_rewards(student_logits, teacher_logits, reference_logits, extrapolation)
+    return _least_variance(*_law_and_rewards(student_logits, teacher_logits, reference_logits, extrapolation))
+
+
+def vocabulary_sums(student_logprobs: Tensor, teacher_logprobs: Tensor) -> dict[str, Tensor]:
+    """Both control variates and the student's entropy from log-probs [n, V] -> [n] each; no gradient.
+
+    ``expected`` is :func:`expected_rewards`, ``least_variance`` :func:`least_variance_baseline`, ``student_entropy``
+    in nats. Sums over the vocabulary alone, so :func:`onpolicy.losses.chunked_reduce` makes them from hidden states in
+    bounded memory. Linear in the reward: for several teachers and extrapolation add each model's, weighted.
+    """
+    student = student_logprobs.detach()
+    probabilities, rewards = student.exp(), token_rewards(teacher_logprobs, student)
+    return {
+        "expected": _mean(probabilities, rewards),
+        "least_variance": _least_variance(probabilities, rewards),
+        "student_entropy": -_mean(probabilities, student),
+    }
+
+
+def _least_variance(probabilities: Tensor, rewards: Tensor) -> Tensor:
+    """[N] E[|g|² r] / E[|g|²] with |g|² = 1 - 2 π(y) + Σ π²."""
     square = probabilities.square().sum(-1)
     length = 1 - square  # E|g|²
     weighted = (1 + square) * _mean(probabilities, rewards) - 2 * _mean(probabilities.square(), rewards)

@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from onpolicy.processes import Share
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from onpolicy.batching import Batch
-    from onpolicy.teachers import Score
+    from onpolicy.teachers import Verdict
     from onpolicy.types import Rollout
     from onpolicy.updates import Update
+
+ALONE = Share()  # everything is this process's
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,11 @@ class Stage(Protocol):
     def begin(self, policy_version: int) -> None:
         """Called once, before the first of the remaining steps."""
 
-    def rollouts(self, step: int) -> list[Rollout]: ...
+    def rollouts(self, step: int, share: Share = ALONE) -> list[list[Rollout]]:
+        """A step's completions, one list for each of its prompts; empty where the prompt is another process's."""
 
-    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Score:
-        """What the teacher says of a batch that was packed from ``rollouts``."""
+    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Verdict:
+        """What is said of a batch that was packed from ``rollouts``."""
 
     def after_step(self, policy_version: int) -> None:
         """The student changed: bring a sampler up to date, where the stage has one."""

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from onpolicy.batching import Batch, pack
+from onpolicy.processes import Share
 from onpolicy.seeds import derive
-from onpolicy.stages import StageSettings
-from onpolicy.teachers import Score, Teacher
+from onpolicy.stages import ALONE, StageSettings
+from onpolicy.teachers import Score, Teacher, Verdict
 from onpolicy.types import Rollout
 from onpolicy.updates import Update
 
@@ -62,16 +63,16 @@ class WarmStart:
                 self.hidden[key(self.all_rollouts[index])] = hidden.clone()
             self.progress(len(batch.token_ids))
 
-    def rollouts(self, step: int) -> list[Rollout]:
+    def rollouts(self, step: int, share: Share = ALONE) -> list[list[Rollout]]:
         epoch, index = divmod(step, self.steps_per_epoch)
         order = list(range(len(self.groups)))
         random.Random(derive(self.seed, "warm start", epoch)).shuffle(order)
         chosen = order[index * self.groups_per_step : (index + 1) * self.groups_per_step]
-        return [rollout for group in chosen for rollout in self.groups[group]]
+        return [self.groups[group] if share.has(i) else [] for i, group in enumerate(chosen)]
 
-    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Score:
+    def score(self, batch: Batch, rollouts: Sequence[Rollout]) -> Verdict:
         hidden = torch.cat([self.hidden[key(rollouts[index])] for index in batch.indices])
-        return Score(hidden.to(batch.token_ids.device), self.head)
+        return Verdict((Score(hidden.to(batch.token_ids.device), self.head),))
 
     def after_step(self, policy_version: int) -> None:
         """Nothing samples from the student here."""

@@ -1,4 +1,4 @@
-"""Who scores the student's samples, and what a score is."""
+"""Who scores the student's samples, what a score is, and what several scores make together."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Score:
-    """The teacher's distribution at every completion token of a batch, in factored form.
+    """A model's distribution at every completion token of a batch, in factored form.
 
     Hidden states instead of logits: 85 times smaller for the default teacher, and every loss projects them chunk by
     chunk, so a step's scores fit in memory whatever the vocabulary.
     """
 
-    hidden: torch.Tensor  # [N, D_T] after the teacher's final norm
+    hidden: torch.Tensor  # [N, D_T] after the model's final norm
     head: torch.Tensor  # [V, D_T]; logits are hidden @ head.T
 
     def logprobs(self, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -36,6 +36,22 @@ class Score:
         """Log-probabilities over the vocabulary, [<=chunk_size, V] float32 at a time, in token order."""
         for hidden in self.hidden.split(chunk_size):
             yield ((hidden @ self.head.T).float() / temperature).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that is said of a batch: by the teachers, by the model rewards lead away from, by the task."""
+
+    teachers: tuple[Score, ...]  # K scores
+    weights: tuple[float, ...] = (1.0,)  # [K] positive, summing to 1
+    reference: Score | None = None  # for reward extrapolation
+    task_rewards: torch.Tensor | None = None  # [B] float32, of every rollout
+
+    def logprobs(self, token_ids: torch.Tensor, temperature: float) -> torch.Tensor:
+        """Weighted mean of the teachers' log-probs of the given tokens: [N] -> [N] float32, nats."""
+        from onpolicy.losses.rewards import combine_teachers
+
+        return combine_teachers([score.logprobs(token_ids, temperature) for score in self.teachers], self.weights)
 
 
 class Teacher(Protocol):
