@@ -53,6 +53,9 @@ class StudentConfig:
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Of its matrix products in training; weights and optimizer stay float32."""
     lora: LoraSettings = field(default_factory=LoraSettings)
+    draft_vocabulary: int = 8192
+    """Tokens its head keeps when it drafts, those most frequent in the teacher's warm-start samples (a file beside the
+    student; the student itself is whole); 0: all. Rarer tokens are never drafted, which costs a little acceptance."""
 
 
 @dataclass

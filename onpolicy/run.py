@@ -19,7 +19,7 @@ from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, wri
 from onpolicy.draws import Draws
 from onpolicy.evaluate.heldout import HeldOut
 from onpolicy.metrics import JsonLines, Progress, Silent, peak_rss_gib
-from onpolicy.models import check_shared_prompts, load_causal_lm
+from onpolicy.models import check_shared_prompts, head_weight, load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
 from onpolicy.prepare import Prepared, engine_name, plain
@@ -294,11 +294,20 @@ class Run:
             summary = self.summary()
             student = self.directory / "student"
             self.student.save(student, self.prepared.tokenizer)
+            self._choose_draft_vocabulary(student)
             write_model_card(student, self.config, summary)
             write_report(self.directory / "report.html", self.directory / "metrics.jsonl", summary)
             write_json(self.prepared.summary, summary)  # last: its presence says that the run is complete
         self.processes.wait()
         return self.prepared.summary
+
+    def _choose_draft_vocabulary(self, student: Path) -> None:
+        """What the head keeps when the student drafts; never chosen by held-out samples."""
+        from spec.drafters.vocabulary import build
+
+        samples, size = self._samples_file("warm_start"), self.config.student.draft_vocabulary
+        if size and samples.exists() and size < len(head_weight(self.student.model)):
+            build(student, [samples], size=size)
 
     def summary(self) -> dict[str, Any]:
         """What got better, how fast, at which memory."""

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from spec.drafters.vocabulary import FILE, DraftVocabulary, always_kept, build, choose, count_tokens, token_rows
+from spec.drafters.vocabulary import FILE, DraftVocabulary, always_kept, choose, count_tokens, main, token_rows
 from tests.conftest import make_model
 
 counts_ = st.lists(st.integers(0, 5), min_size=1, max_size=12).map(lambda counts: np.array(counts, dtype=np.int64))
@@ -102,13 +102,13 @@ def test_built_beside_a_student_with_everything_that_ends_a_text(
     (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 77]}))
     samples = tmp_path / "samples.jsonl"
     samples.write_text(json.dumps({"completion_ids": [300, 300, 301, 5]}))
-    build(str(student), [str(samples), str(samples)], size=7)
+    main(student, [samples, samples], size=7)
     chosen = DraftVocabulary.load(student, vocab_size=400)
     assert chosen is not None
     special = set(always_kept(tokenizer))
     assert special == {0, 1, 2}
     assert set(chosen.ids.tolist()) == {0, 1, 2, 77, 5, 300, 301}
-    assert "7 of 400 tokens, 100.00% of the 8 counted" in capsys.readouterr().out
+    assert "7 of 400 tokens, 100.00% of those counted" in capsys.readouterr().out
 
 
 def test_mistakes_name_their_remedy() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,22 @@ def test_distillation_brings_the_student_closer(tiny_settings, tmp_path) -> None
     heldout = train(tiny_settings, tmp_path, warm_start__learning_rate=3e-3, **changes)["heldout"]
     assert heldout["after_warm_start"]["forward_kl"] < 0.7 * heldout["start"]["forward_kl"]
     assert heldout["end"]["reverse_kl_on_student"] < heldout["after_warm_start"]["reverse_kl_on_student"]
+
+
+def test_a_student_knows_which_tokens_it_drafts(tiny_settings, tmp_path) -> None:
+    """Chosen from what the teacher wrote for the warm start, and from nothing held out."""
+    from spec.drafters.vocabulary import DraftVocabulary, token_rows
+
+    changes = {"student__draft_vocabulary": 40, "warm_start__epochs": 1, "steps": 1}
+    train(tiny_settings, tmp_path, warm_start__num_prompts=8, **changes)
+    chosen = DraftVocabulary.load(tmp_path / "run" / "student")
+    assert chosen is not None and len(chosen) == 40
+    rows = token_rows(tmp_path / "run" / "samples" / "teacher_warm_start.jsonl")
+    counts = Counter(token for row in rows for token in row)
+    assert counts.most_common(1)[0][0] in chosen.ids
+    assert sum(counts[token] for token in chosen.ids.tolist()) == pytest.approx(chosen.mass * counts.total())
+    train(tiny_settings, tmp_path, name="whole", student__draft_vocabulary=0, warm_start__num_prompts=8, steps=1)
+    assert DraftVocabulary.load(tmp_path / "whole" / "student") is None
 
 
 def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch) -> None:

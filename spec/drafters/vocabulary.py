@@ -165,14 +165,14 @@ def always_kept(tokenizer: PreTrainedTokenizerBase, end_tokens: Iterable[int] = 
 
 
 def build(
-    student: str, data: list[str], size: int | None = None, mass: float | None = None, output: str | None = None
-) -> None:
+    student: Path, data: Sequence[Path], size: int | None = None, mass: float | None = None, output: Path | None = None
+) -> DraftVocabulary:
     """Chooses a student's draft vocabulary from training text and saves it.
 
     Args:
         student: directory of the student (Hugging Face layout).
         data: JSONL files of token ids or text, such as a run's samples/teacher_warm_start.jsonl.
-        size: tokens to keep.
+        size: tokens to keep, more where more have to be kept always.
         mass: instead of size, the share of the counted tokens to cover, for example 0.99.
         output: directory to save to; the student's own by default.
     """
@@ -181,11 +181,24 @@ def build(
     tokenizer, config = AutoTokenizer.from_pretrained(student), AutoConfig.from_pretrained(student)
     counts = np.zeros(int(config.vocab_size), dtype=np.int64)
     for file in data:
-        counts += count_tokens(token_rows(Path(file), tokenizer), len(counts))
-    always = always_kept(tokenizer, _end_tokens(Path(student), config.eos_token_id))
-    chosen = choose(counts, size=size, mass=mass, always=always)
-    path = chosen.save(Path(output or student))
-    print(f"{path}: {len(chosen)} of {len(counts)} tokens, {chosen.mass:.2%} of the {counts.sum()} counted")
+        counts += count_tokens(token_rows(file, tokenizer), len(counts))
+    always = always_kept(tokenizer, _end_tokens(student, config.eos_token_id))
+    chosen = choose(counts, size=None if size is None else max(size, len(always)), mass=mass, always=always)
+    chosen.save(output or student)
+    return chosen
+
+
+def main(student: Path, data: list[Path], size: int | None = None, mass: float | None = None) -> None:
+    """Chooses a student's draft vocabulary from training text and saves it beside the student.
+
+    Args:
+        student: directory of the student (Hugging Face layout).
+        data: JSONL files of token ids or text, such as a run's samples/teacher_warm_start.jsonl.
+        size: tokens to keep.
+        mass: instead of size, the share of the counted tokens to cover, for example 0.99.
+    """
+    chosen = build(student, data, size, mass)
+    print(f"{student / FILE}: {len(chosen)} of {chosen.vocab_size} tokens, {chosen.mass:.2%} of those counted")
 
 
 def _end_tokens(student: Path, default: int | list[int] | None) -> list[int]:
@@ -198,4 +211,4 @@ def _end_tokens(student: Path, default: int | list[int] | None) -> list[int]:
 if __name__ == "__main__":
     from jsonargparse import auto_cli
 
-    auto_cli(build)
+    auto_cli(main)
