@@ -14,9 +14,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.losses import _workspace
 from onpolicy.losses._projection import bf16_products
 
 _SCORES = 1 << 19  # elements of the scores computed at a time: 2 MiB of float32
@@ -42,21 +44,21 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        from onpolicy import attention_kernels as kernels
+
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        _, positions, heads, _ = query.shape
-        saving = any(ctx.needs_input_grad[:3])
-        normalisers = torch.empty(len(query), key.shape[2], heads // key.shape[2] * positions) if saving else None
-        mask = _mask(positions, heads // key.shape[2])
+        sequences, positions, heads, _ = query.shape
+        shared = key.shape[2]
+        normalisers = torch.empty(sequences, shared, heads // shared * positions)
         for part in _parts(query):
-            q, k, v = _folded(query[part], key), _folded(key[part], key), _folded(value[part], key)
-            scores = _scores(q, k, mask, scale)
-            largest = scores.amax(-1) if normalisers is not None else None
-            probs = torch.softmax(scores, -1, out=scores)
-            if normalisers is not None and largest is not None:
-                # p_max = exp(s_max - normaliser), at least 1 / M
-                normalisers[part] = (largest - probs.amax(-1).log()).view(-1, *normalisers.shape[1:])
-            _unfold(torch.bmm(probs.to(v.dtype), v), out[part])
-        if normalisers is not None:
+            q, k, v = _folded(query[part], shared), _folded(key[part], shared), _folded(value[part], shared)
+            scores = _products("scores", q, k)
+            probs = torch.empty(scores.shape, dtype=v.dtype)
+            kernels.softmax(
+                scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy()
+            )  # fmt: skip
+            _unfold(torch.bmm(probs, v), out[part])
+        if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(query, key, value, out, normalisers)
             ctx.scale = scale
         return out
@@ -64,24 +66,25 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        from onpolicy import attention_kernels as kernels
+
         query, key, value, out, normalisers = ctx.saved_tensors
+        shared = key.shape[2]
         d_query, d_key, d_value = (
             torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
         )
-        mask = _mask(query.shape[1], query.shape[2] // key.shape[2])
+        inner = _folded_inner(grad, out, shared)
         for part in _parts(query):
-            q, k, v, g = (_folded(x[part], key) for x in (query, key, value, grad))
-            scores = _scores(q, k, mask, ctx.scale)
-            probs = scores.sub_(normalisers[part].flatten(0, 1).unsqueeze(-1)).exp_()
-            rounded = probs.to(q.dtype)
-            # dS = P * (dP - rowsum(dO * O)), Dao et al. 2205.14135, appendix B
-            inner = (g.float() * _folded(out[part], key)).sum(-1, keepdim=True)
-            with bf16_products(q.dtype):
-                d_scores = torch.bmm(g.float(), v.float().transpose(1, 2)).sub_(inner).mul_(probs).mul_(ctx.scale)
-            d_scores = d_scores.to(q.dtype)
+            q, k, v, g = (_folded(x[part], shared) for x in (query, key, value, grad))
+            scores, d_probs = _products("scores", q, k), _products("gradient", g, v)
+            probs, d_scores = (torch.empty(scores.shape, dtype=q.dtype) for _ in range(2))
+            kernels.gradient(
+                scores.numpy(), normalisers[part].flatten(0, 1).numpy(), d_probs.numpy(),
+                inner[part].flatten(0, 1).numpy(), np.float32(ctx.scale), _bits(probs), _bits(d_scores),
+            )  # fmt: skip
             _unfold(torch.bmm(d_scores, k), d_query[part])
             _unfold(torch.bmm(d_scores.transpose(1, 2), q), d_key[part])
-            _unfold(torch.bmm(rounded.transpose(1, 2), g), d_value[part])
+            _unfold(torch.bmm(probs.transpose(1, 2), g), d_value[part])
         return d_query, d_key, d_value, None
 
 
@@ -92,15 +95,9 @@ def _parts(query: Tensor) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def _mask(positions: int, group: int) -> Tensor:
-    """[G*M, M] float32, -inf where a query must not look."""
-    return torch.full((positions, positions), -torch.inf).triu(1).repeat(group, 1)
-
-
-def _folded(states: Tensor, key: Tensor) -> Tensor:
+def _folded(states: Tensor, shared: int) -> Tensor:
     """[s, M, K*G, D] -> [s*K, G*M, D]: the queries of heads that share keys under one another."""
     sequences, positions, heads, size = states.shape
-    shared = key.shape[2]
     split = states.view(sequences, positions, shared, heads // shared, size).permute(0, 2, 3, 1, 4)
     return split.reshape(sequences * shared, -1, size)
 
@@ -113,7 +110,21 @@ def _unfold(folded: Tensor, out: Tensor) -> None:
     out.view(sequences, positions, heads // group, group, size).copy_(split)
 
 
-def _scores(query: Tensor, key: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """[s*K, G*M, M] float32, masked."""
-    with bf16_products(query.dtype):
-        return torch.baddbmm(mask, query.float(), key.float().transpose(1, 2), alpha=scale)
+def _folded_inner(grad: Tensor, out: Tensor, shared: int) -> Tensor:
+    """sum_d dO * O of every query, [S, K, G*M] float32."""
+    inner = (grad.float() * out).sum(-1)  # [S, M, H]
+    sequences, positions, heads = inner.shape
+    split = inner.view(sequences, positions, shared, heads // shared)
+    return split.permute(0, 2, 3, 1).reshape(sequences, shared, -1)
+
+
+def _products(name: str, left: Tensor, right: Tensor) -> Tensor:
+    """[s*K, G*M, D] x [s*K, M, D] -> [s*K, G*M, M] float32, in a buffer that the next call of this name overwrites."""
+    shape = (left.shape[0], left.shape[1], right.shape[1])
+    out = _workspace.take(f"attention_{name}", shape, torch.float32, left.device)
+    with bf16_products(left.dtype):
+        return torch.bmm(left.float(), right.float().transpose(1, 2), out=out)
+
+
+def _bits(tensor: Tensor) -> np.ndarray:
+    return tensor.view(torch.int16).numpy()
