@@ -47,12 +47,39 @@ def greedy_agreement(p: Tensor, q: Tensor) -> Tensor:
     return (p.argmax(-1) == q.argmax(-1)).float()
 
 
+def survival(accept_probs: Tensor, mode: Literal["token", "block"]) -> Tensor:
+    """P(tau >= i), i = 1..K, [*, K] -> [*, K], from what :func:`spec.verify.laws` gives for drawn drafts.
+
+    Token-wise all of the first i have to pass, in a block any prefix of length i or more.
+    """
+    if mode == "token":
+        return accept_probs.cumprod(-1)
+    return 1 - (1 - accept_probs).flip(-1).cumprod(-1).flip(-1)
+
+
 def expected_accepted(accept_probs: Tensor, mode: Literal["token", "block"]) -> Tensor:
     """E[tau], [*, K] -> [*], from the acceptance probabilities :func:`spec.verify.laws` gives for drawn drafts."""
-    if mode == "token":
-        return accept_probs.cumprod(-1).sum(-1)
-    none_passes_from = (1 - accept_probs).flip(-1).cumprod(-1)
-    return (1 - none_passes_from).sum(-1)
+    return survival(accept_probs, mode).sum(-1)
+
+
+def equivalent_acceptance(accepted: float, drafted: Sequence[float] | np.ndarray) -> float:
+    """The constant acceptance alpha of a token with which a step would accept as many: sum_i drafted_i alpha^i.
+
+    Args:
+        accepted: mean accepted tokens of a step.
+        drafted: [K] share of the steps that drafted position i; all 1 where each drafts K tokens.
+
+    NaN where nothing was drafted. By bisection; what is beyond the range of alpha in [0, 1] is taken as its end.
+    """
+    shares = np.asarray(drafted, dtype=np.float64)
+    if not shares.sum() > 0:
+        return math.nan
+    powers = np.arange(1, len(shares) + 1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(shares @ middle**powers) < accepted else (low, middle)
+    return (low + high) / 2
 
 
 def block_efficiency(alpha: float, length: int) -> float:
@@ -72,6 +99,14 @@ def predicted_speedup(alpha: float, length: int, cost_ratio: float) -> float:
     if not cost_ratio >= 0:
         raise ValueError(f"cost ratio {cost_ratio}: must be at least 0 (draft step time / target step time)")
     return block_efficiency(alpha, length) / (length * cost_ratio + 1)
+
+
+def speedup_from_costs(tokens: float, seconds_draft: float, seconds_target: float, seconds_plain: float) -> float:
+    """Speed-up from measured costs: ``tokens`` a step that drafts and verifies, against one a plain step.
+
+    :func:`predicted_speedup` is the case in which verifying takes as long as a plain step and drafting K c of it.
+    """
+    return tokens * seconds_plain / (seconds_draft + seconds_target)
 
 
 def best_draft_length(alpha: float, cost_ratio: float, longest: int = 16) -> int:
@@ -157,6 +192,35 @@ def cluster_bootstrap(
     picks = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=draws)
     lo, hi = np.quantile((picks @ sums) / (picks @ counts), [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(sums.sum() / counts.sum()), float(lo), float(hi), groups)
+
+
+def ratio_of_rates(
+    amounts: Sequence[float] | np.ndarray,
+    seconds: Sequence[float] | np.ndarray,
+    base_amounts: Sequence[float] | np.ndarray,
+    base_seconds: Sequence[float] | np.ndarray,
+    confidence: float = 0.95,
+) -> Interval:
+    """(sum amounts / sum seconds) over the same of a base, from [G] totals of each prompt: a measured speed-up.
+
+    The limits are the delta method's on the logarithm, prompts as clusters, t quantile with G - 1 degrees of freedom;
+    0 and infinity for one prompt. Raises ValueError unless all four are positive in sum and of one length.
+    """
+    columns = [np.asarray(column, dtype=np.float64) for column in (amounts, seconds, base_amounts, base_seconds)]
+    totals = [float(column.sum()) for column in columns]
+    if any(column.shape != columns[0].shape or column.ndim != 1 for column in columns) or min(totals) <= 0:
+        raise ValueError("a ratio of rates needs one positive amount and time a prompt for both sides")
+    groups = len(columns[0])
+    signs = (1, -1, -1, 1)
+    ratio = math.exp(sum(sign * math.log(total) for sign, total in zip(signs, totals, strict=True)))
+    if groups == 1:
+        return Interval(ratio, 0.0, math.inf, 1)
+    influence = sum(
+        (sign * column / total for sign, column, total in zip(signs, columns, totals, strict=True)), np.zeros(groups)
+    )
+    error = math.sqrt(groups / (groups - 1) * float((influence**2).sum()))
+    width = math.exp(_student_quantile(confidence, groups - 1) * error)
+    return Interval(ratio, ratio / width, ratio * width, groups)
 
 
 def _cluster_totals(values: object, clusters: object, confidence: float) -> tuple[np.ndarray, np.ndarray]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from onpolicy.evaluate import charts
-from onpolicy.evaluate.charts import Bar, Scale, Series
 from onpolicy.evaluate.figures import FIGURES, duration, headline, number
 from onpolicy.evaluate.report import write_report
+from spec.pages import charts
+from spec.pages.charts import Bar, Scale, Series
 
 VOID = {"meta", "br", "hr", "img", "input", "link"}
 

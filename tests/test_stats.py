@@ -149,3 +149,44 @@ def test_bootstrap_is_seeded_and_unequal_prompts_are_weighted_by_tokens() -> Non
 def test_mistakes_name_their_remedy(call, remedy: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match=remedy):
         call()
+
+
+def test_survival_is_the_tail_of_the_length_law() -> None:
+    accept = torch.rand(20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for mode in ("token", "block"):
+        tails = torch.stack([length_law(row, mode).flip(0).cumsum(0).flip(0)[1:] for row in accept])
+        torch.testing.assert_close(stats.survival(accept, mode), tails)
+
+
+def test_equivalent_acceptance_accepts_as_many() -> None:
+    for alpha in (0.0, 0.3, 0.9, 1.0):
+        accepted = stats.block_efficiency(alpha, 4) - 1
+        assert stats.equivalent_acceptance(accepted, [1, 1, 1, 1]) == pytest.approx(alpha, abs=1e-9)
+    assert stats.equivalent_acceptance(0.5 + 0.25 * 0.25, [1, 0.25]) == pytest.approx(
+        0.5
+    )  # a quarter drafts two tokens
+    assert math.isnan(stats.equivalent_acceptance(0.0, [0, 0]))
+
+
+def test_speedup_from_costs_extends_the_predicted_one() -> None:
+    tokens, c = stats.block_efficiency(0.6, 3), 0.1
+    assert stats.speedup_from_costs(tokens, 3 * c * 2.0, 2.0, 2.0) == pytest.approx(stats.predicted_speedup(0.6, 3, c))
+    assert stats.speedup_from_costs(2.0, 0.0, 4.0, 1.0) == 0.5  # verifying two tokens takes four plain steps
+
+
+def test_ratio_of_rates() -> None:
+    """Exact where every prompt has the same ratio; else an interval that covers as it says."""
+    tokens, seconds = np.array([10.0, 20.0, 5.0]), np.array([1.0, 3.0, 0.5])
+    same = stats.ratio_of_rates(tokens, seconds, tokens, 2 * seconds)
+    assert (same.mean, same.lo, same.hi) == pytest.approx((2, 2, 2)) and same.clusters == 3
+    lone = stats.ratio_of_rates([10], [1], [10], [2])
+    assert (lone.mean, lone.lo, lone.hi) == (2, 0, math.inf)
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        tokens = rng.integers(20, 60, 8).astype(float)
+        quick, plain = (tokens * each * rng.lognormal(0, 0.2, 8) for each in (0.01, 0.02))
+        found = stats.ratio_of_rates(tokens, quick, tokens, plain)
+        covered += found.lo <= 2 <= found.hi
+    assert 0.91 <= covered / 400 <= 0.98
+    with pytest.raises(ValueError, match="one positive amount and time a prompt"):
+        stats.ratio_of_rates([1, 2], [0, 0], [1, 2], [1, 2])

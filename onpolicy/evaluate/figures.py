@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from spec.pages.numbers import duration as duration
+from spec.pages.numbers import number as number
+
 ON_STUDENT = "_on_student"  # suffix of figures measured on prefixes the student visits
 LABELS = {"start": "start", "after_warm_start": "after warm start", "end": "end"}  # in the order of the run
 Heldout = Mapping[str, Mapping[str, float]]  # label -> metric -> value, as in summary.json
@@ -53,29 +56,6 @@ def value_of(heldout: Heldout, label: str, key: str) -> float:
     """A figure, NaN where it was not measured."""
     value = heldout.get(label, {}).get(key)
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def number(value: float | None) -> str:
-    """A figure for people: 0.4312, 3.142, 41.3, 12,345; an en dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    size = abs(value)
-    if size >= 1e9:
-        return f"{value:.3g}"
-    digits = 0 if size >= 100 else 1 if size >= 10 else 3
-    if 0 < size < 0.0005:
-        return f"{value:.1e}"
-    return f"{value:,.{digits}f}"
-
-
-def duration(seconds: float | None) -> str:
-    """42.0 s, 7 min 05 s, 3 h 12 min."""
-    if seconds is None or not math.isfinite(seconds):
-        return "–"
-    if seconds < 59.95:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def headline(heldout: Heldout) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import yaml
 
 from onpolicy.checkpoint import atomic_file
-from onpolicy.evaluate import charts, figures, page
-from onpolicy.evaluate.figures import duration, number
+from onpolicy.evaluate import figures
 from onpolicy.metrics import PHASES
+from spec.pages import charts, page
+from spec.pages.numbers import duration, number
 
 Record = Mapping[str, Any]  # one line of metrics.jsonl
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 
-from onpolicy.evaluate.figures import number
+from spec.pages.numbers import number
 
 WIDTH, HEIGHT = 360, 210  # of a line chart, in its own units; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 12, 36  # margins that hold tick labels and axis titles
@@ -26,6 +26,7 @@ class Series:
     name: str
     points: Sequence[Point]
     colour: int = 0  # index of the style sheet's palette
+    limits: Sequence[tuple[float, float]] = ()  # of each point, drawn as a whisker; empty: none
 
 
 @dataclass(frozen=True)
@@ -95,34 +96,36 @@ def line_chart(
     *,
     title: str,
     unit: str,
+    across: str = "step",
     bound: tuple[str, float] | None = None,
     log: bool = False,
     zero: bool = False,
 ) -> str:
-    """Values over steps. ``bound`` is a named horizontal limit; ``zero`` starts the axis at 0; "" without any value.
+    """Values over steps, or what ``across`` names; "" without any value.
 
-    On a logarithmic axis values that are not positive are left out.
+    ``bound`` is a named horizontal limit; ``zero`` starts the axis at 0. On a logarithmic axis values that are not
+    positive are left out.
     """
-    usable = [
-        Series(s.name, [p if _drawable(p[1], log) else (p[0], math.nan) for p in s.points], s.colour) for s in series
-    ]
+    usable = [replace(s, points=[p if _drawable(p[1], log) else (p[0], math.nan) for p in s.points]) for s in series]
     finite = [p for s in usable for p in s.points if math.isfinite(p[1])]
     if not finite:
         return ""
     values = [y for _, y in finite] + ([bound[1]] if bound else []) + ([0.0] if zero else [])
+    values += [limit for s in usable for pair in s.limits for limit in pair if _drawable(limit, log)]
     y_ticks = log_ticks(min(values), max(values)) if log else ticks(min(values), max(values))
     steps = [x for x, _ in finite]
     x_ticks = [t for t in ticks(min(steps), max(steps)) if min(steps) <= t <= max(steps) and t == int(t)]
     x = Scale(min(steps), max(steps), LEFT + 4, WIDTH - RIGHT)
     y = Scale(y_ticks[0], y_ticks[-1], HEIGHT - BOTTOM, TOP, log)
-    parts = [_axes(x, y, x_ticks or [steps[0]], y_ticks, unit)]
+    parts = [_axes(x, y, x_ticks or [steps[0]], y_ticks, unit, across)]
     if bound:
         parts.append(_bound(y, *bound))
-    parts += [_line(s, x, y, unit) for s in usable]
-    return _svg(WIDTH, HEIGHT, f"{title}: {describe(usable, unit)}", "".join(parts))
+    parts += [whisker(s.colour, x(p[0]), y, pair) for s in usable for p, pair in zip(s.points, s.limits, strict=False)]
+    parts += [_line(s, x, y, unit, across) for s in usable]
+    return svg(WIDTH, HEIGHT, f"{title}: {describe(usable, unit, across)}", "".join(parts))
 
 
-def describe(series: Sequence[Series], unit: str) -> str:
+def describe(series: Sequence[Series], unit: str, across: str = "step") -> str:
     """A chart in words, for those who do not see it."""
     texts = []
     for one in series:
@@ -133,7 +136,7 @@ def describe(series: Sequence[Series], unit: str) -> str:
         low, high = min(y for _, y in points), max(y for _, y in points)
         name = f"{one.name} " if len(series) > 1 else ""
         texts.append(
-            f"{name}{number(before)} at step {first:g}, {number(after)} at step {last:g}, "
+            f"{name}{number(before)} at {across} {first:g}, {number(after)} at {across} {last:g}, "
             f"lowest {number(low)}, highest {number(high)} {unit}"
         )
     return "; ".join(texts)
@@ -160,7 +163,7 @@ def stacked_bars(bars: Sequence[Bar], *, title: str, unit: str) -> str:
     words = "; ".join(
         f"{bar.label}: " + ", ".join(f"{name} {number(value)}" for name, value, _ in bar.segments) for bar in bars
     )
-    return _svg(width, height, f"{title}, {unit}: {words}", "".join(parts), "bars")
+    return svg(width, height, f"{title}, {unit}: {words}", "".join(parts), "bars")
 
 
 def number_tick(value: float) -> str:
@@ -172,13 +175,14 @@ def _drawable(value: float, log: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not log)
 
 
-def _svg(width: int, height: int, words: str, body: str, kind: str = "line") -> str:
+def svg(width: int, height: int, words: str, body: str, kind: str = "line") -> str:
+    """The whole image; ``words`` is its text equivalent."""
     return (
         f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(words)}">{body}</svg>'
     )
 
 
-def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], unit: str) -> str:
+def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float], unit: str, across: str) -> str:
     parts = []
     for t in y_ticks:
         parts.append(
@@ -191,10 +195,10 @@ def _axes(x: Scale, y: Scale, x_ticks: Sequence[float], y_ticks: Sequence[float]
             f'<line class="base" x1="{x(t):.1f}" x2="{x(t):.1f}" y1="{floor}" y2="{floor + 4}"/>'
             f'<text class="tick" x="{x(t):.1f}" y="{floor + 15}" text-anchor="middle">{number_tick(t)}</text>'
         )
-    middle = (TOP + floor) / 2
+    middle, center = (TOP + floor) / 2, (LEFT + WIDTH - RIGHT) / 2
     parts.append(
         f'<line class="base" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>'
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>'
+        f'<text class="axis" x="{center}" y="{HEIGHT - 4}" text-anchor="middle">{escape(across)}</text>'
         f'<text class="axis" transform="translate(11 {middle}) rotate(-90)" text-anchor="middle">{escape(unit)}</text>'
     )
     return "".join(parts)
@@ -210,7 +214,15 @@ def _bound(y: Scale, name: str, value: float) -> str:
     )
 
 
-def _line(series: Series, x: Scale, y: Scale, unit: str) -> str:
+def whisker(colour: int, across: float, y: Scale, limits: tuple[float, float]) -> str:
+    """An interval as a line through the point at drawing unit ``across``; "" where a limit is not finite."""
+    if not all(math.isfinite(limit) for limit in limits):
+        return ""
+    low, high = (y(limit) for limit in limits)
+    return f'<polyline class="s{colour}" points="{across:.1f},{low:.1f} {across:.1f},{high:.1f}"/>'
+
+
+def _line(series: Series, x: Scale, y: Scale, unit: str, across: str) -> str:
     """Unbroken pieces as polylines, and a dot with a hover title at every point."""
     pieces: list[list[Point]] = [[]]
     for point in thin(series.points):
@@ -225,7 +237,7 @@ def _line(series: Series, x: Scale, y: Scale, unit: str) -> str:
     ]
     lone = {piece[0] for piece in pieces if len(piece) == 1}
     for a, b in (point for piece in pieces for point in piece):
-        words = escape(f"{series.name}, step {a:g}: {number(b)} {unit}")
+        words = escape(f"{series.name}, {across} {a:g}: {number(b)} {unit}")
         shown = (
             f'<circle class="dot s{series.colour}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{3 if (a, b) in lone else 2}"/>'
         )
