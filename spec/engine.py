@@ -99,6 +99,12 @@ class Engine:
         """Whether :meth:`step` has something to do."""
         return bool(self._tasks or self._calls)
 
+    @property
+    def load(self) -> tuple[int, int]:
+        """Sequences that run and sequences that wait. May be read from any thread."""
+        running = self._scheduler.running
+        return running, max(len(self._scheduler) - running, 0)
+
     def generate(self, requests: Sequence[Request], progress: bool = False) -> list[Result]:
         """Runs requests to their end; results in the order given.
 
@@ -146,6 +152,15 @@ class Engine:
         task = self._tasks.get(id)
         for sample in list(task.samples) if task else ():
             self._end(sample, "cancelled")
+
+    def swap_drafter(self, drafter: Drafter | None, draft_length: DraftLength | int = 4) -> None:
+        """Between steps: drafts come from ``drafter`` from now on, as many as the new policy says.
+
+        Whatever runs goes on and is drafted for by the new one, or finishes plainly where that has no room. Every step
+        has the target's law whoever drafts (module docstring), so the text has it across the swap too.
+        """
+        self._scheduler.swap_drafter(drafter)
+        self.drafter, self._proposer = drafter, Proposer(drafter, _policy(draft_length), self.target.device)
 
     def step(self) -> bool:
         """One forward pass of the target, over everything that runs. Returns whether there is work left."""

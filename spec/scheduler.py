@@ -38,6 +38,11 @@ class Scheduler:
     def __len__(self) -> int:
         return len(self._waiting) + len(self._running)
 
+    @property
+    def running(self) -> int:
+        """Sequences that hold slots."""
+        return len(self._running)
+
     def add(self, samples: list[Sample]) -> None:
         """They wait for room."""
         self._waiting.extend(samples)
@@ -88,6 +93,18 @@ class Scheduler:
                 self._drafter.close(sample.context)
         elif sample in self._waiting:
             self._waiting.remove(sample)
+
+    def swap_drafter(self, drafter: Drafter | None) -> None:
+        """Between steps: running sequences are closed at the old drafter and opened at the new one.
+
+        One that the new drafter has no room for goes on plainly.
+        """
+        for sample in self._running:
+            if sample.drafting and self._drafter is not None:
+                self._drafter.close(sample.context)
+            asked = sample.task.request.draft_length != 0
+            sample.drafting = asked and drafter is not None and drafter.open(sample.context)
+        self._drafter = drafter
 
     def _start(self, sample: Sample, reader: Sample | None) -> bool:
         """False while there is no room. Raises ValueError where there never will be."""

@@ -1,0 +1,167 @@
+"""What goes back to clients: OpenAI's objects, whole or in chunks, for completions and chats."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from spec.request import Completion, Event, Result, TokenLogprob
+from spec.serve.texts import Texts
+
+Json = dict[str, Any]
+_LEAST = -9999.0  # for log-probs of -inf, which JSON does not have; vLLM's number
+
+
+class Answer(Protocol):
+    """How an endpoint writes choices. ``index`` counts all choices of the call: sample i of prompt p is p n + i."""
+
+    object: str  # of a whole answer
+    chunk_object: str
+
+    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
+        """One finished choice."""
+
+    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+        """One token's part of a stream, None where it adds nothing that shows."""
+
+
+@dataclass
+class Head:
+    """The fields around the choices."""
+
+    model: str
+    prefix: str  # of the id
+    fingerprint: str
+    id: str = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.id = f"{self.prefix}-{secrets.token_hex(12)}"
+
+    def around(self, kind: str, choices: Sequence[Json]) -> Json:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.model,
+            "system_fingerprint": self.fingerprint, "choices": list(choices),
+        }  # fmt: skip
+
+
+class CompletionAnswer:
+    """/v1/completions. ``echoes``: a text for each prompt, before its answers."""
+
+    object = chunk_object = "text_completion"
+
+    def __init__(self, texts: Texts, echoes: Sequence[str]):
+        self._texts, self._echoes = texts, echoes
+        self._offsets: dict[int, int] = {}  # characters of a streamed choice so far
+
+    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
+        echo = self._echoes[prompt]
+        return self._choice(
+            index, echo + completion.text, completion.finish_reason, self._logprobs(completion.logprobs, len(echo))
+        )
+
+    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+        first = index not in self._offsets
+        offset = self._offsets.setdefault(index, 0)
+        text = self._echoes[prompt] + event.text if first else event.text
+        if not text and event.finish_reason is None and event.logprob is None:
+            return None
+        self._offsets[index] += len(text)
+        logprobs = self._logprobs([event.logprob], offset) if event.logprob else None
+        return self._choice(index, text, event.finish_reason, logprobs)
+
+    @staticmethod
+    def _choice(index: int, text: str, reason: str | None, logprobs: Json | None) -> Json:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _logprobs(self, values: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
+        if values is None:
+            return None
+        name, offsets = self._texts.token, []
+        for value in values:
+            offsets.append(offset)
+            offset += len(name(value.token_id))
+        return {
+            "tokens": [name(value.token_id) for value in values],
+            "token_logprobs": [max(value.logprob, _LEAST) for value in values],
+            "top_logprobs": [
+                {name(id): max(logprob, _LEAST) for id, logprob in (*value.top, (value.token_id, value.logprob))}
+                for value in values
+            ],
+            "text_offset": offsets,
+        }
+
+
+class ChatAnswer:
+    """/v1/chat/completions."""
+
+    object, chunk_object = "chat.completion", "chat.completion.chunk"
+
+    def __init__(self, texts: Texts):
+        self._texts = texts
+        self._begun: set[int] = set()
+
+    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
+        values = completion.logprobs
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": None if values is None else {"content": self._logprobs(values), "refusal": None},
+            "finish_reason": completion.finish_reason,
+        }
+
+    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+        delta: Json = {} if index in self._begun else {"role": "assistant", "content": ""}
+        if not delta and not event.text and event.finish_reason is None and event.logprob is None:
+            return None
+        self._begun.add(index)
+        if event.text:
+            delta["content"] = event.text
+        logprobs = {"content": self._logprobs([event.logprob]), "refusal": None} if event.logprob else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+
+    def _logprobs(self, values: Sequence[TokenLogprob]) -> list[Json]:
+        return [
+            {
+                **self._one(value.token_id, value.logprob),
+                "top_logprobs": [self._one(id, logprob) for id, logprob in value.top],
+            }
+            for value in values
+        ]
+
+    def _one(self, id: int, logprob: float) -> Json:
+        token = self._texts.token(id)
+        return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token.encode())}
+
+
+def usage(results: Sequence[Result]) -> Json:
+    """Tokens in and out; a prompt counts once, however many samples share it."""
+    prompt = sum(len(result.request.prompt_ids) for result in results)
+    completion = sum(len(c.token_ids) for result in results for c in result.completions)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def facts(results: Sequence[Result]) -> Json:
+    """What speculation did for a call: the ``metrics`` field. Positions count from 0 within a block of drafts."""
+    completions = [completion for result in results for completion in result.completions]
+    tokens, steps = sum(len(c.token_ids) for c in completions), sum(c.target_steps for c in completions)
+    firsts = [r.seconds_to_first_token for r in results if r.seconds_to_first_token is not None]
+    return {
+        "choices": [
+            {
+                "tokens": len(completion.token_ids),
+                "target_steps": completion.target_steps,
+                "drafted": sum(completion.drafted),
+                "accepted": sum(completion.accepted),
+                "drafted_by_position": completion.drafted,
+                "accepted_by_position": completion.accepted,
+            }
+            for completion in completions
+        ],
+        "tokens_per_target_step": tokens / steps if steps else None,
+        "seconds_to_first_token": min(firsts, default=None),
+        "seconds": max((result.seconds for result in results), default=0.0),
+    }

@@ -1,0 +1,203 @@
+"""From options to a running server of our own engine: load, test, listen, drain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from spec import loading
+from spec.serve.backend import default_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from spec.drafters.base import Drafter
+    from spec.models.base import LanguageModel
+    from spec.serve.app import Policy, Service
+    from spec.serve.plan import Limits
+
+_IPV6 = "["  # what starlette makes of the Host header [::1]:8000
+_MOST_CHOICES = 128  # of one call
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def serve(options: Namespace) -> int:
+    """Serves until SIGTERM, SIGINT or a failure of the engine; 0 or 1.
+
+    Raises ValueError or OSError, with the remedy, for what cannot start, cheapest checks first.
+    """
+    loading.draft_length(options.draft_length)
+    loading.check_names(options.target, options.draft)
+    listener = _bind(options.host, options.port)  # before minutes of loading
+    if sys.platform == "linux":  # hot swaps: the kernels of a draft being loaded run beside the engine thread's
+        os.environ.setdefault("NUMBA_THREADING_LAYER", "threadsafe")
+    service = make_service(options)
+
+    import uvicorn
+
+    from spec.serve.app import make_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                _announce(service, listener)
+
+    server = Server(
+        uvicorn.Config(
+            make_app(service), log_level="warning", access_log=False, server_header=False, ws="none",
+            timeout_graceful_shutdown=options.drain_timeout,
+        )
+    )  # fmt: skip
+    service.draining = lambda: server.should_exit
+
+    def failed(error: BaseException) -> None:
+        service.log.write("engine_failed", error=repr(error))
+        server.should_exit = True
+
+    service.worker.on_failure = failed
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it once more after the drain
+    server.run(sockets=[listener])
+    service.log.write("stopped", reason="engine failed" if service.worker.failure else "drained")
+    return 1 if service.worker.failure else 0
+
+
+def make_service(options: Namespace) -> Service:
+    """Loads and tests the models, and puts the parts together. Raises ValueError or OSError with the remedy."""
+    from spec.engine import Engine
+    from spec.serve import app
+    from spec.serve.drafts import Drafts, Loaded
+    from spec.serve.log import RequestLog
+    from spec.serve.metrics import Metrics
+    from spec.serve.texts import Texts
+    from spec.serve.worker import Worker
+
+    parts = _load(options)
+    drafter = parts.tested_drafter(options.draft)
+    engine = Engine(
+        parts.target, drafter, tokenizer=parts.tokenizer, draft_length=loading.draft_length(options.draft_length),
+        mode=options.mode, max_running=options.max_running,
+    )  # fmt: skip
+    name = options.served_model_name or default_name(options.target)
+    metrics = Metrics(name, lambda: engine.load)
+    worker = Worker(
+        engine, max_running=options.max_running, max_waiting=options.max_waiting, on_result=metrics.observe
+    )  # fmt: skip
+    limits = _limits(options, parts)
+    return app.Service(
+        name=name,
+        target=options.target,
+        worker=worker,
+        texts=Texts(
+            loading.open_tokenizer(options.target), limits.context
+        ),  # its own: another thread's than the engine's
+        base_limits=limits,
+        metrics=metrics,
+        drafts=Drafts(
+            worker, Loaded(options.draft, drafter, options.draft_length), parts.open_drafter, metrics.swapped
+        ),
+        log=RequestLog(options.log_text),
+        policy=_policy(options),
+    )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What is loaded once, and how drafters for it are."""
+
+    target: LanguageModel
+    tokenizer: PreTrainedTokenizerBase
+    models: loading.ModelOptions
+    drafting: loading.DrafterOptions
+
+    def open_drafter(self, name: str | None) -> Drafter | None:
+        """Raises ValueError or OSError with the remedy."""
+        if name is not None:
+            loading.check_names(self.target.name, name)
+        return loading.open_drafter(name, self.target, self.tokenizer, self.models, self.drafting)
+
+    def tested_drafter(self, name: str | None) -> Drafter | None:
+        """The start-up self-test, of the target too. Raises ValueError where it fails."""
+        from spec.serve.selftest import SelfTestFailed, check_drafter, check_greedy
+
+        drafter = self.open_drafter(name)
+        try:
+            if drafter is not None:
+                check_drafter(drafter, self.target.vocab_size)
+            check_greedy(self.target, drafter)
+        except SelfTestFailed as error:
+            raise ValueError(f"start-up self-test: {error}") from None
+        return drafter
+
+
+def _load(options: Namespace) -> _Parts:
+    import transformers
+
+    from spec.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = loading.open_tokenizer(options.target)
+    models = loading.ModelOptions(options.dtype, options.device, options.cache_tokens)
+    target = loading.open_target(options.target, models, options.quantization)
+    return _Parts(target, tokenizer, models, loading.DrafterOptions(options.drafting, options.draft_quantization))
+
+
+def _limits(options: Namespace, parts: _Parts) -> Limits:
+    from spec.serve.plan import Limits
+
+    end = parts.tokenizer.eos_token_id
+    return Limits(
+        vocabulary=parts.target.vocab_size,
+        # The cache hands out whole blocks of 16.
+        context=min(parts.target.max_positions, options.cache_tokens // 16 * 16, options.max_model_len or sys.maxsize),
+        default_tokens=options.default_max_tokens,
+        samples=min(_MOST_CHOICES, options.max_running + options.max_waiting),
+        end_tokens=tuple({*parts.target.end_tokens, *([] if end is None else [end])}),
+        adaptive=False,
+    )
+
+
+def _policy(options: Namespace) -> Policy:
+    from spec.serve.app import Policy
+    from spec.serve.gate import Keys
+
+    local = options.host in _LOOPBACK
+    return Policy(
+        keys=Keys(options.api_key, options.admin_key or options.api_key),
+        cors_origins=tuple(options.cors_origin),
+        # A page of another site must not reach a local server under a name of its own (DNS rebinding).
+        hosts=tuple(options.allowed_host) or ((*_LOOPBACK, _IPV6) if local else ()),
+        most_bytes=options.max_body,
+        request_seconds=options.request_timeout,
+    )
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Reserves the address; nobody is answered before the server listens. Raises ValueError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ValueError(f"cannot bind {host}:{port} ({error.strerror}): choose another --port or --host") from None
+    return listener
+
+
+def _announce(service: Service, listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    if host not in _LOOPBACK and service.policy.keys.api is None:
+        service.log.write("warning", message="open to the network without a key: set --api-key or SPEC_API_KEY")
+    current = service.drafts.current
+    service.log.write(
+        "ready", url=url, model=service.name, draft=current.name, draft_length=current.length,
+        max_model_len=service.base_limits.context,
+    )  # fmt: skip

@@ -1,0 +1,243 @@
+"""Beneath the server: drafts swapped while sequences run, the engine's thread, and the checks of a draft."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from spec.drafters.base import Drafter
+from spec.drafters.model import ModelDrafter
+from spec.drafters.ngram import NgramDrafter
+from spec.engine import Engine
+from spec.params import Params
+from spec.request import Event, Request, Result
+from spec.serve.errors import ApiError
+from spec.serve.respond import _in_time
+from spec.serve.selftest import SelfTestFailed, check_drafter, check_greedy
+from spec.serve.worker import Busy, EngineFailed, Worker
+from spec.verify import Mode
+from tests.enumerate_engine import Branches, Text, text_law
+from tests.spec_models import TableModel, random_logits
+
+PROMPT = (0, 1)
+
+
+def softmax(logits) -> torch.Tensor:
+    return torch.tensor(logits).softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("mode", ("token", "block"))
+@pytest.mark.parametrize("swap_after", (1, 2))
+def test_the_joint_law_is_the_targets_across_a_swap(mode: Mode, swap_after: int, monkeypatch) -> None:
+    """Every path of a text that one draft begins and another, with another length, goes on with."""
+    target, first, second = (random_logits(2, seed) for seed in (1, 2, 3))
+    request = Request(PROMPT, max_tokens=4, stop_token_ids=(0,))
+
+    def program() -> Text:
+        model = TableModel(target, 2)
+        engine = Engine(model, ModelDrafter(TableModel(first, 2), model), draft_length=1, mode=mode)
+        results: list[Result] = []
+        engine.add(request, on_done=results.append)
+        for _ in range(swap_after):
+            engine.step()
+        engine.swap_drafter(ModelDrafter(TableModel(second, 2), model), 2)
+        while engine.step():
+            pass
+        return tuple(results[0].completions[0].token_ids)
+
+    law = Branches(monkeypatch).law(program)
+    exact = text_law(lambda text: softmax(target(PROMPT + text)), 4, stops=frozenset({0}))
+    assert law.keys() == exact.keys()
+    assert max(abs(law[text] - exact[text]) for text in exact) < 1e-12
+
+
+def test_a_swap_leaves_no_slot_behind_and_drafts_go_on() -> None:
+    """Greedy texts are unmoved; a perfect draft taking over saves steps; every slot of both drafts is free at the end.
+
+    One request is plain by its own wish: no draft ever opens it.
+    """
+    target = random_logits(16, 1)
+    model, bad, good = TableModel(target, 16), TableModel(random_logits(16, 2), 16), TableModel(target, 16)
+    requests = [Request([i, 3], Params(temperature=0), 40, draft_length=0 if i == 2 else None) for i in range(4)]
+    plain = Engine(model).generate(requests)
+    engine = Engine(model, ModelDrafter(bad, model), draft_length=3)
+    results: dict[int, Result] = {}
+    for i, request in enumerate(requests):
+        engine.add(request, on_done=lambda result, i=i: results.__setitem__(i, result))
+    for _ in range(4):
+        engine.step()
+    assert len(bad.held) == 3
+    engine.swap_drafter(ModelDrafter(good, model), 3)
+    assert len(bad.held) == 0 and len(good.held) == 3
+    while engine.step():
+        pass
+    assert [results[i].completions[0].token_ids for i in range(4)] == [r.completions[0].token_ids for r in plain]
+    assert results[0].completions[0].target_steps < 20 and results[2].completions[0].target_steps == 40
+    assert not model.held and not good.held and not bad.held
+
+
+def test_a_draft_without_room_leaves_running_sequences_plain() -> None:
+    model = TableModel(random_logits(8, 1), 8)
+    engine = Engine(model, NgramDrafter())
+    results: list[Result] = []
+    for i in range(3):
+        engine.add(Request([i, 3], Params(temperature=0), 20), on_done=results.append)
+    engine.step()
+    small = TableModel(random_logits(8, 1), 8, slots=1)
+    engine.swap_drafter(ModelDrafter(small, model))
+    while engine.step():
+        pass
+    assert sorted(sum(r.completions[0].accepted) > 0 for r in results) == [False, False, True]
+    assert not small.held and all(len(r.completions[0].token_ids) == 20 for r in results)
+
+
+# ------------------------------------------------------------------------------------------------------ the thread
+
+
+def serving(engine: Engine, program: Callable[[Worker], object], **options: int) -> object:
+    """Runs an async program with a worker around it."""
+    worker = Worker(engine, **{"max_running": 4, "max_waiting": 4, **options})
+
+    async def run() -> object:
+        worker.start()
+        try:
+            return await asyncio.wait_for(program(worker), 30)
+        finally:
+            worker.stop()
+
+    return asyncio.run(run())
+
+
+def test_tokens_come_in_order_and_results_last() -> None:
+    engine = Engine(TableModel(random_logits(8, 1), 8))
+
+    async def program(worker: Worker) -> None:
+        job = worker.submit([Request([1], Params(seed=s), 9, n=2) for s in (1, 2)], stream=True)
+        tokens: dict[tuple[int, int], list[int]] = {}
+        async for index, item in job.items():
+            if isinstance(item, Event):
+                tokens.setdefault((index, item.sample), []).append(item.token_id)
+        for index, result in enumerate(job.results):
+            assert [tokens[index, i] for i in range(2)] == [c.token_ids for c in result.completions]
+        assert job.ended and len(tokens) == 4
+
+    serving(engine, program)
+
+
+def test_a_full_queue_refuses_and_room_comes_back() -> None:
+    model = TableModel(random_logits(8, 1), 8)
+    engine = Engine(model, max_running=2)
+
+    async def program(worker: Worker) -> None:
+        request = Request([1], max_tokens=9000, n=3)
+        job = worker.submit([request], stream=False)
+        with pytest.raises(Busy) as busy:
+            worker.submit([request], stream=False)
+        assert busy.value.retry_after >= 1
+        job.cancel()
+        results = await job.wait()
+        assert [c.finish_reason for c in results[0].completions] == ["cancelled"] * 3 and not model.held
+        assert len((await worker.submit([Request([1], max_tokens=3)], stream=False).wait())[0].completions) == 1
+
+    serving(engine, program, max_running=2, max_waiting=2)
+
+
+def test_a_failing_engine_tells_everybody_and_takes_no_more() -> None:
+    calls = 0
+
+    def logits(text: tuple[int, ...]):
+        nonlocal calls
+        calls += 1
+        if calls > 5:
+            raise RuntimeError("the device is gone")
+        return random_logits(8, 1)(text)
+
+    failures: list[BaseException] = []
+
+    async def program(worker: Worker) -> None:
+        worker.on_failure = failures.append
+        jobs = [worker.submit([Request([1], max_tokens=50)], stream=stream) for stream in (False, True)]
+        for job in jobs:
+            with pytest.raises(EngineFailed, match="RuntimeError"):
+                await job.wait()
+        assert not worker.alive and "device" in str(worker.failure)
+        with pytest.raises(EngineFailed):
+            worker.submit([Request([1])], stream=False)
+
+    serving(Engine(TableModel(logits, 8)), program)
+    assert len(failures) == 1
+
+
+def test_a_stopped_worker_leaves_nobody_waiting() -> None:
+    async def program(worker: Worker) -> None:
+        job = worker.submit([Request([1], max_tokens=9000)], stream=False)
+        await asyncio.sleep(0.05)
+        worker.stop()
+        with pytest.raises(EngineFailed, match="shutting down"):
+            await job.wait()
+
+    serving(Engine(TableModel(random_logits(8, 1), 8)), program)
+
+
+@pytest.mark.parametrize(("raised", "status"), ((None, 408), (ValueError("x"), 400), (EngineFailed("x"), 500)))
+def test_what_ends_a_wait_has_its_status(raised: Exception | None, status: int) -> None:
+    async def work() -> None:
+        await asyncio.sleep(5 if raised is None else 0)
+        raise raised
+
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(_in_time(work(), 0.02))
+    assert caught.value.status == status
+
+
+# ------------------------------------------------------------------------------------------------ checks of a draft
+
+
+class Broken(NgramDrafter):
+    """Drafts what is no token."""
+
+    def propose(self, contexts, lengths):
+        drafts = super().propose(contexts, lengths)
+        drafts.ids[:] = 1000
+        return drafts
+
+
+class NotALaw(ModelDrafter):
+    """Says it drew from a law that is none."""
+
+    def propose(self, contexts, lengths):
+        drafts = super().propose(contexts, lengths)
+        drafts.probs[:] = 0.5
+        return drafts
+
+
+def test_drafts_are_checked_before_they_serve() -> None:
+    model = TableModel(random_logits(16, 1), 16)
+    draft = TableModel(random_logits(16, 2), 16)
+    fit: list[Drafter | None] = [None, NgramDrafter(), ModelDrafter(draft, model)]
+    for drafter in fit:
+        if drafter is not None:
+            check_drafter(drafter, 16)
+        check_greedy(model, drafter)
+    for drafter, message in ((Broken(), "outside the target's vocabulary"), (NotALaw(draft, model), "none")):
+        with pytest.raises(SelfTestFailed, match=message):
+            check_drafter(drafter, 16)
+    assert not model.held and not draft.held
+
+
+def test_a_target_that_reads_batches_wrongly_fails_the_greedy_check() -> None:
+    """Its logits depend on how many rows are asked for at once: plain and speculative texts part."""
+    honest = random_logits(16, 1)
+    model = TableModel(honest, 16)
+    forward = model.forward
+
+    def wrong(step):
+        logits = forward(step)
+        return logits.roll(1, -1) if len(step.logit_rows) > 1 else logits
+
+    model.forward = wrong  # type: ignore[method-assign]
+    with pytest.raises(SelfTestFailed, match="where plain decoding gives"):
+        check_greedy(model, NgramDrafter())
