@@ -6,7 +6,7 @@ QUICKSTART ?= configs/quickstart.yaml
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench doctor lock clean
+.PHONY: help setup quickstart test test-slow lint format bench doctor audit lock clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ bench: setup  ## one training step of ours beside TRL's
 
 doctor: setup  ## examine the quickstart's configuration before a run
 	@$(PY) -m onpolicy.doctor --config $(QUICKSTART)
+
+audit: setup  ## is every engine installed here distributed as its target? (exact, then by its text; minutes)
+	@$(PY) -m spec.audit.everything
 
 lock:  ## resolve the newest compatible versions into requirements/cpu.lock
 	@bash scripts/lock.sh

@@ -1,0 +1,50 @@
+"""The process of :class:`spec.audit.engines.vllm.VllmEngine`: JSON lines in, JSON lines out, until its input ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any, TextIO
+
+
+def main() -> None:
+    """First line: options of the engine, answered by null; every other: requests, answered by lists of token ids."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what vLLM prints is not an answer
+    from onpolicy.rollouts.vllm_engine import start_engine, stop_engine
+
+    options = json.loads(sys.stdin.readline())
+    engine = start_engine(options.pop("kv_cache_gib", 1.0), **options)
+    _answer(answers, None)
+    for line in sys.stdin:
+        _answer(answers, _complete(engine, json.loads(line)))
+    stop_engine(engine)
+
+
+def _complete(engine: Any, requests: list[dict[str, Any]]) -> list[list[int]]:
+    from vllm import SamplingParams
+    from vllm.inputs.engine import tokens_input
+
+    for index, request in enumerate(requests):
+        prompt = request.pop("prompt")
+        if "logit_bias" in request:
+            request["logit_bias"] = {int(token): bias for token, bias in request["logit_bias"].items()}
+        # from the random state of the process: a generator per request would hide faults of the unseeded path
+        request.pop("seed")
+        params = SamplingParams(detokenize=False, ignore_eos=True, **request)
+        engine.add_request(str(index), tokens_input(prompt), params)
+    completions: list[list[int]] = [[] for _ in requests]
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            completions[int(output.request_id)] = list(output.outputs[0].token_ids)
+    return completions
+
+
+def _answer(stream: TextIO, message: Any) -> None:
+    stream.write(json.dumps(message) + "\n")
+    stream.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""An e-process against "every token is drawn from the target's law": bets on named faults and on shapes of the PIT.
+
+Each bet multiplies a capital by factors with mean at most 1 under H0 given everything before, and the capitals are
+averaged with fixed weights; by Ville's inequality the average ever reaches 1/delta with probability at most delta,
+whenever one looks and whyever one stops.
+
+- *Named*: (1 - eps) p + eps m against p, over a grid of eps, for every law m of :mod:`spec.audit.laws`.
+- *Shapes*: the PIT (and differences of PITs that are uniform under H0) puts d more mass than its width into a dyadic
+  interval, over all intervals of five levels and a grid of d. These need no guess of what is wrong.
+
+Tokens the target cannot say: with tolerance eta the null is widened to laws with up to eta mass outside the target's
+support S, and p's proportions within it. A bet that puts o > eta outside is then paid (1 - o)/(1 - eta) a token inside
+and o/eta outside; one that puts less there is not paid for them. For eta = 0 a single such token decides.
+
+Validity needs that requests are answered independently given their prompts, which is what H0 says, and looks are taken
+at ends of samples. Shape legend: N tokens, J bets, T ends of samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spec.audit.scoring import Scored
+
+SHARES = (0.003, 0.01, 0.03, 0.1, 0.3, 0.9)  # eps of a mixture with a named law
+BUMPS = (0.003, 0.01, 0.03, 0.1, 0.3)  # d, either sign
+_LEVELS = 5  # intervals of width 1/2 .. 1/32
+_CERTAIN = 60.0  # nats paid for a token that is impossible under H0: beyond any delta in use
+_UNNAMED = -8.0  # log-probability of such a token when nothing is said of which: a named law that does better is named
+
+
+@dataclass
+class Capital:
+    """Log-capitals of the bets of one family."""
+
+    parameters: list[float]
+    logs: np.ndarray  # [J]
+
+    @property
+    def log_mean(self) -> float:
+        return _log_mean(self.logs[:, None])[0].item()
+
+    @property
+    def best(self) -> float:
+        """The parameter whose bet won most."""
+        return self.parameters[int(self.logs.argmax())]
+
+
+@dataclass(frozen=True)
+class Look:
+    """The e-process at the end of a sample."""
+
+    tokens: int
+    log_e: float
+
+
+@dataclass
+class Evidence:
+    """Feed it :class:`Scored` batches; families with names of their own, half the weight on named, half on shapes."""
+
+    tolerance: float = 0.0  # eta
+    tokens: int = 0
+    named: dict[str, Capital] = field(default_factory=dict)
+    shapes: dict[str, Capital] = field(default_factory=dict)
+    path: list[Look] = field(default_factory=lambda: [Look(0, 0.0)])
+    _last_sample: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+    @property
+    def log_e(self) -> float:
+        return self.path[-1].log_e
+
+    @property
+    def highest(self) -> float:
+        """The largest log e there was: what Ville's inequality speaks of."""
+        return max(look.log_e for look in self.path)
+
+    def first_at(self, level: float) -> int | None:
+        """Tokens when log e first reached ``level``; None if it never did."""
+        return next((look.tokens for look in self.path if look.log_e >= level), None)
+
+    def update(self, scored: Scored) -> None:
+        """Bets on a batch. A law or shape that is new here starts with capital 1: bets may begin at any time."""
+        if not len(scored.sample):
+            return
+        ends = np.flatnonzero(np.diff(scored.sample, append=-1))  # [T] last token of each sample
+        named = self._settle(self.named, dict(_named_bets(scored, self.tolerance)), ends)
+        streams = dict(_streams(scored, self._last_sample))
+        shapes = self._settle(self.shapes, {name: _shape_bets(u, ends) for name, u in streams.items()}, None)
+        log_e = np.logaddexp(named, shapes) - math.log(2)
+        self.path += [Look(self.tokens + int(end) + 1, float(e)) for end, e in zip(ends, log_e, strict=True)]
+        self.tokens += len(scored.sample)
+        last = scored.sample == scored.sample[-1]
+        self._last_sample = scored.pit[last]
+
+    def _settle(
+        self, families: dict[str, Capital], bets: dict[str, tuple[list[float], np.ndarray]], ends: np.ndarray | None
+    ) -> np.ndarray:
+        """Adds the gains of a batch to ``families``; the log of their mean capital at each end, [T].
+
+        ``bets``: parameters, and log-gains [J, N] a token, or [J, T] a sample where ``ends`` is None. Weights are
+        split over all families there can be, so that one which appears late takes from none.
+        """
+        totals: dict[str, np.ndarray] = {}
+        for name, (parameters, gains) in bets.items():
+            capital = families.setdefault(name, Capital(parameters, np.zeros(len(parameters))))
+            steps = np.cumsum(gains, axis=1)
+            path = capital.logs[:, None] + (steps if ends is None else steps[:, ends])
+            capital.logs = path[:, -1]
+            totals[name] = _log_mean(path)
+        idle = [np.full_like(next(iter(totals.values())), f.log_mean) for n, f in families.items() if n not in totals]
+        means = [*totals.values(), *idle]
+        spare = max(_FAMILIES - len(means), 0)  # not in use so far: capital 1 each
+        assert len(means) <= _FAMILIES
+        stacked = np.stack([*means, np.full_like(means[0], math.log(spare) if spare else -math.inf)])
+        return np.logaddexp.reduce(stacked, axis=0) - math.log(_FAMILIES)
+
+
+_FAMILIES = 20  # at most, of named laws and of shapes
+
+
+def _named_bets(scored: Scored, eta: float) -> Iterator[tuple[str, tuple[list[float], np.ndarray]]]:
+    """(family, (parameters, log-gains [J, N])). All temperatures are one family, with the factor as parameter."""
+    out = scored.impossible
+    temperatures: list[tuple[float, np.ndarray]] = []
+    for name, (log_ratio, outside) in scored.ratios.items():
+        if name.startswith("temperature x"):
+            temperatures.append((float(name.removeprefix("temperature x")), np.where(out, 0.0, log_ratio)))
+            continue
+        yield name, ([*SHARES], np.stack([_gains(share, log_ratio, outside, out, eta) for share in SHARES]))
+    yield "temperature", ([f for f, _ in temperatures], np.stack([gain for _, gain in temperatures]))
+    anything = np.where(out, _UNNAMED, -np.inf)
+    everything = [_gains(share, anything, np.ones(len(out)), out, eta) for share in BUMPS]
+    yield "tokens the target cannot say", ([*BUMPS], np.stack(everything))
+
+
+def _gains(share: float, log_ratio: np.ndarray, outside: np.ndarray, out: np.ndarray, eta: float) -> np.ndarray:
+    """[N] log-gains of betting on (1 - share) p + share m; see the module's text for tokens outside S."""
+    o = share * outside
+    inside = np.logaddexp(math.log1p(-share), math.log(share) + log_ratio) - np.log1p(-np.minimum(o, eta))
+    if eta > 0:
+        paid = np.log(np.maximum(o, eta) / eta)
+    else:  # whatever is paid for what cannot happen: the more, the better m explains it
+        paid = np.maximum(_CERTAIN + math.log(share) + log_ratio, 0.0)
+    return np.where(out, np.where((o > eta) & (log_ratio > -np.inf), paid, 0.0), inside)
+
+
+def _streams(scored: Scored, before: np.ndarray) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+    """(name, (u [N] uniform and independent of the past under H0, sample index [N])); NaN: no bet on this token."""
+    u, sample = scored.pit, scored.sample
+    yield "shape", (u, sample)
+    if not np.isnan(scored.draft_pit).all():
+        yield "shape along the draft", (scored.draft_pit, sample)
+    follows = scored.position > 0
+    yield "after the token before", (np.where(follows, (u - np.roll(u, 1)) % 1, np.nan), sample)
+    yield "beside the request before", ((u - _beside(scored, before)) % 1, sample)
+    for name, chosen in (
+        ("shape, first of a block", scored.offset == 0),
+        ("shape, second of a block", scored.offset == 1),
+        ("shape, later in a block", scored.offset > 1),
+    ):
+        if chosen.any():
+            yield name, (np.where(chosen, u, np.nan), sample)
+
+
+def _beside(scored: Scored, before: np.ndarray) -> np.ndarray:
+    """[N] the PIT at the same position of the previous sample, NaN where it was shorter."""
+    other = np.full(len(scored.pit), np.nan)
+    starts = np.flatnonzero(np.diff(scored.sample, prepend=-1))
+    for start, end in zip(starts, [*starts[1:], len(other)], strict=True):
+        size = min(len(before), end - start)
+        other[start : start + size] = before[:size]
+        before = scored.pit[start:end]
+    return other
+
+
+def _intervals() -> list[tuple[int, int]]:
+    """(level, index) of every dyadic interval: index / 2^level to (index + 1) / 2^level. Of two halves one suffices."""
+    return [(1, 0), *((level, i) for level in range(2, _LEVELS + 1) for i in range(2**level))]
+
+
+def _bumps() -> list[tuple[int, float, float]]:
+    """(interval, log-gain inside, log-gain outside) of every shape bet."""
+    bets = []
+    for number, (level, _) in enumerate(_intervals()):
+        width = 2.0**-level
+        for more in (*BUMPS, *(-d for d in BUMPS)):
+            mass = width + more
+            if 0 < mass < 1:
+                bets.append((number, math.log(mass / width), math.log((1 - mass) / (1 - width))))
+    return bets
+
+
+def _shape_bets(stream: tuple[np.ndarray, np.ndarray], ends: np.ndarray) -> tuple[list[float], np.ndarray]:
+    """Parameters (interval numbers) and log-gains [J, T] a sample."""
+    u, _ = stream
+    known = ~np.isnan(u)
+    owner = np.searchsorted(ends, np.arange(len(u)))[known]
+    finest = np.zeros((len(ends), 2**_LEVELS))
+    np.add.at(finest, (owner, (u[known] * 2**_LEVELS).astype(int)), 1.0)
+    total = finest.sum(1)
+    inside = np.stack(
+        [
+            finest[:, i << (_LEVELS - level) : (i + 1) << (_LEVELS - level)].sum(1)
+            for level, i in _intervals()
+        ]
+    )  # fmt: skip
+    which, gain_in, gain_out = (np.array(column) for column in zip(*_bumps(), strict=True))
+    hits = inside[which]
+    return which.astype(float).tolist(), hits * gain_in[:, None] + (total - hits) * gain_out[:, None]
+
+
+def _log_mean(logs: np.ndarray) -> np.ndarray:
+    """[J, T] -> [T] log of the mean."""
+    return np.logaddexp.reduce(logs, axis=0) - math.log(len(logs))

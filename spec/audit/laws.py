@@ -1,0 +1,181 @@
+"""Named wrong laws: what an engine with a known fault would draw from, computed from the target's own logits.
+
+Every law here is a function of the text *before* the token, so that the likelihood ratio law(x) / p(x) has mean at
+most 1 under the target, whatever the law: a bad guess costs power, never validity.
+
+Shape legend: n rows, V vocabulary; p target, q draft, S the support of p.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spec.params import Params, row_options
+from spec.sampling import adjusted_logits, processed_probs
+
+# Temperature times so much. A finer grid near 1 costs prior weight and gains little: bets overlap.
+TEMPERATURE_FACTORS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 16.0)
+_HOT = 50.0
+_NEUTRAL: dict[str, Any] = {
+    "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_bias": {}, "allowed_token_ids": None,
+}  # fmt: skip
+NO_PENALTIES: dict[str, Any] = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """n rows and what shapes them."""
+
+    logits: Tensor  # [n, V]
+    params: list[Params]  # [n]
+    prompts: list[Sequence[int]]  # [n]; read for penalties only
+    outputs: list[Sequence[int]]  # [n] tokens before each row's
+    tokens: Tensor  # [n] int64 what the engine said
+    previous: Tensor  # [n] int64 the token before, -1 at the start of a completion
+    twins: Tensor  # [n] int64 what an earlier answer to the same request said there, -1: none, or it has diverged
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A law m beside the target's p at the tokens said."""
+
+    log_ratio: Tensor  # [n] log m(x) - log p(x); log m(x) alone where x is outside S
+    outside: Tensor  # [n] m's mass outside S
+
+
+def target_law(rows: Rows, params: Sequence[Params] | None = None, lag: int = 0) -> Tensor:
+    """[n, V] processed probabilities, under ``params`` in place of the rows' own, or with histories ``lag`` short."""
+    params = rows.params if params is None else params
+    outputs = [output[: len(output) - lag] for output in rows.outputs] if lag else rows.outputs
+    options = row_options(params, rows.logits.shape[-1], rows.prompts, outputs, rows.logits.device)
+    return processed_probs(rows.logits.clone(), name="target", **options)
+
+
+def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -> Iterator[tuple[str, Ratio]]:
+    """Every law by name; which ones there are depends on the parameters in use and on whether a draft is known.
+
+    ``last``: [V] the law of the row before the first, None at the start.
+    """
+    chosen = at_tokens(p, rows.tokens)
+    yield from _temperatures(rows, p)
+    yield from _dropped(rows, p)
+    yield "garbage temperature", ratio(_garbage(rows, p), p, rows.tokens)
+    yield "previous row's law", ratio(_shifted(p, last, rows.previous), p, rows.tokens)
+    yield "greedy verification", _one_hot(p.argmax(-1), p, rows.tokens, chosen)
+    yield "previous token again", _one_hot(rows.previous, p, rows.tokens, chosen)
+    yield "seed reuse", _one_hot(rows.twins, p, rows.tokens, chosen)
+    yield "uniform noise", _uniform(p, chosen)
+    if q is not None:
+        yield "draft leak", ratio(q, p, rows.tokens)
+        yield "draft's argmax leaks", _one_hot(q.argmax(-1), p, rows.tokens, chosen)
+
+
+def ratio(law: Tensor, p: Tensor, tokens: Tensor) -> Ratio:
+    """Of any [n, V] law."""
+    return Ratio(
+        at_tokens(law, tokens).log() - _log_or_zero(at_tokens(p, tokens)), torch.where(p > 0, 0.0, law).sum(-1)
+    )
+
+
+def _temperatures(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
+    """Laws on p's own support: p^(1/f) normalised is temperature times f there."""
+    log_p = p.log()
+    chosen = at_tokens(log_p, rows.tokens)
+    nothing = torch.zeros(len(p), dtype=p.dtype, device=p.device)
+    for factor in TEMPERATURE_FACTORS:
+        at = chosen / factor - (log_p / factor).logsumexp(-1)
+        yield f"temperature x{factor:g}", Ratio(torch.where(chosen > -math.inf, at - chosen, -math.inf), nothing)
+
+
+def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
+    """One option forgotten at a time, computed for the rows that have it; elsewhere the law is p."""
+    for name, neutral in _NEUTRAL.items():
+        users = [i for i, row in enumerate(rows.params) if getattr(row, name) != neutral]
+        if users:
+            some = _only(rows, users)
+            law = target_law(some, [replace(row, **{name: neutral}) for row in some.params])
+            yield (
+                "temperature ignored" if name == "temperature" else f"{name} dropped",
+                _spread(ratio(law, p[users], some.tokens), users, len(p)),
+            )
+    users = [i for i, row in enumerate(rows.params) if row.penalised]
+    if users:
+        some = _only(rows, users)
+        for name, law in (
+            ("penalties dropped", target_law(some, [replace(row, **NO_PENALTIES) for row in some.params])),
+            ("penalties one token late", target_law(some, lag=1)),
+        ):
+            yield name, _spread(ratio(law, p[users], some.tokens), users, len(p))
+
+
+def _garbage(rows: Rows, p: Tensor) -> Tensor:
+    """[n, V] a temperature that is either far too low or far too high, as uninitialised memory has it."""
+    hot = target_law(rows, [replace(row, temperature=_HOT) for row in rows.params])
+    return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
+
+
+def _only(rows: Rows, chosen: list[int]) -> Rows:
+    return Rows(
+        rows.logits[chosen],
+        [rows.params[i] for i in chosen],
+        [rows.prompts[i] for i in chosen],
+        [rows.outputs[i] for i in chosen],
+        rows.tokens[chosen],
+        rows.previous[chosen],
+        rows.twins[chosen],
+    )
+
+
+def _spread(some: Ratio, chosen: list[int], count: int) -> Ratio:
+    """To [count], 0 where no row was chosen."""
+    whole = [torch.zeros(count, dtype=some.outside.dtype, device=some.outside.device) for _ in range(2)]
+    whole[0][chosen], whole[1][chosen] = some.log_ratio, some.outside
+    return Ratio(*whole)
+
+
+def _shifted(p: Tensor, last: Tensor | None, previous: Tensor) -> Tensor:
+    """[n, V] each row's predecessor in its completion; the first row of a completion has itself."""
+    shifted = torch.cat([p[:1] if last is None else last[None], p[:-1]])
+    return torch.where((previous >= 0)[:, None], shifted, p)
+
+
+def _one_hot(ids: Tensor, p: Tensor, tokens: Tensor, chosen: Tensor) -> Ratio:
+    """All mass on ``ids`` [n]; the target's own law where an id is -1."""
+    none = ids < 0
+    hit = torch.where(ids == tokens, -_log_or_zero(chosen), -math.inf)
+    outside = torch.where(none | (at_tokens(p, ids.clamp(min=0)) > 0), 0.0, 1.0)
+    return Ratio(torch.where(none, 0.0, hit), outside.to(p.dtype))
+
+
+def _uniform(p: Tensor, chosen: Tensor) -> Ratio:
+    vocabulary = p.shape[-1]
+    return Ratio(-_log_or_zero(chosen) - math.log(vocabulary), 1 - (p > 0).to(p.dtype).mean(-1))
+
+
+def _log_or_zero(chosen: Tensor) -> Tensor:
+    return torch.where(chosen > 0, chosen, 1.0).log()
+
+
+def at_tokens(law: Tensor, tokens: Tensor) -> Tensor:
+    """[n, V] and [n] ids -> [n]."""
+    return law.gather(-1, tokens[:, None])[:, 0]
+
+
+def draft_law(rows: Rows, logits: Tensor) -> Tensor:
+    """[n, V] the draft's processed probabilities, padded or cut to the target's vocabulary."""
+    vocabulary = rows.logits.shape[-1]
+    fitted = torch.full((len(logits), vocabulary), -torch.inf, dtype=logits.dtype, device=logits.device)
+    width = min(vocabulary, logits.shape[-1])
+    fitted[:, :width] = logits[:, :width]
+    options = row_options(rows.params, vocabulary, rows.prompts, rows.outputs, logits.device)
+    shaping = {name: options.pop(name) for name in ("temperature", "top_k", "top_p", "min_p") if name in options}
+    scores = adjusted_logits(fitted, **options)
+    lost = ~scores.amax(-1).isfinite()  # a mask that leaves this draft nothing
+    scores[lost] = 0.0
+    return processed_probs(scores, name="draft", check=False, **shaping)

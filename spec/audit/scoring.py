@@ -1,0 +1,216 @@
+"""Every token of an engine's text, scored by the plain target under the same processed distribution.
+
+p(. | h) is the target's law at the prefix the engine itself wrote, with the request's own parameters and, for
+penalties, the tokens so far. Under H0 (tokens are drawn from p) and for any prompts:
+
+- randomised PIT u = mass of what comes before x in an order fixed by p alone + v * mass of x, v ~ U(0,1), is uniform
+  and independent of everything earlier; one order is by p (likeliest first), one by q / p where a draft is known;
+- -log p(x) - H(p) is a martingale difference;
+- 1{x in A} - p(A) is one for every set A that is a function of the prefix;
+- m(x) / p(x) has mean 1 at most for every law m (:mod:`spec.audit.laws`).
+
+Shape legend: N tokens of all samples, n rows of one piece, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spec.audit.conditionals import Conditionals, regrouped
+from spec.audit.laws import Rows, at_tokens, draft_law, named_ratios, target_law
+from spec.audit.sample import UNKNOWN, Sample
+from spec.params import Params
+
+_ELEMENTS = 8_000_000  # of one [n, V] piece: 32 MB in float32, of which some ten are alive at a time
+_MOST_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Arrays [N], tokens in the order of samples. Rows of greedy requests are left out: they have no noise to test."""
+
+    sample: np.ndarray  # int64, index of the sample in the call
+    position: np.ndarray  # int64 in the completion
+    offset: np.ndarray  # int64 in the block, -1 unknown
+    log_p: np.ndarray  # nats; -inf for an impossible token
+    entropy: np.ndarray  # nats
+    spread: np.ndarray  # variance of -log p(x) under p
+    pit: np.ndarray  # in [0, 1), NaN for an impossible token
+    draft_pit: np.ndarray  # the same in the order of q / p; NaN where there is no draft
+    ratios: dict[str, tuple[np.ndarray, np.ndarray]]  # law -> log ratio, its mass outside p's support
+    directions: dict[str, tuple[np.ndarray, np.ndarray]]  # set A -> 1{x in A}, p(A)
+
+    @property
+    def impossible(self) -> np.ndarray:
+        """[N] bool: tokens the target cannot say."""
+        return np.isneginf(self.log_p)
+
+
+@dataclass
+class Scorer:
+    """Scores samples; remembers answers, so that a request asked again is compared with its earlier answer."""
+
+    target: Conditionals
+    draft: Conditionals | None = None
+    seed: int = 0  # of the noise v
+    _answers: dict[tuple[tuple[int, ...], Params], tuple[int, ...]] = field(default_factory=dict)
+    _noise: np.random.Generator = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._noise = np.random.default_rng([self.seed, 0x5C0])
+
+    def score(self, samples: Sequence[Sample]) -> Scored:
+        """Raises ValueError for a token outside the target's vocabulary (another tokenizer), or no room in the model.
+
+        Greedy samples and those without tokens are skipped.
+        """
+        kept = [(i, s) for i, s in enumerate(samples) if s.token_ids and not s.params.greedy]
+        for _, sample in kept:
+            if max(sample.token_ids) >= self.target.vocab_size or min(sample.token_ids) < 0:
+                raise ValueError(
+                    f"the engine said token {max(sample.token_ids)}, the target has {self.target.vocab_size}: audit it "
+                    "against the target it runs, with that target's tokenizer"
+                )
+        twins = [self._twin(sample) for _, sample in kept]
+        most = max(1, min(_ELEMENTS // self.target.vocab_size, _MOST_ROWS))
+        parts, last = [], None
+        for rows, draft_logits in self._pieces([s for _, s in kept], twins, most):
+            p = target_law(rows)
+            q = None if draft_logits is None else draft_law(rows, draft_logits)
+            noise = torch.from_numpy(self._noise.random(len(p))).to(p)
+            parts.append(_score_rows(rows, p, q, last, noise))
+            last = p[-1].clone()
+        return _joined(kept, parts)
+
+    def _twin(self, sample: Sample) -> list[int]:
+        """What an earlier answer to the same request said at each position, -1 from where the two part."""
+        key = (sample.prompt_ids, replace(sample.params, seed=0, logit_bias=_Frozen(sample.params.logit_bias)))
+        earlier = self._answers.setdefault(key, sample.token_ids)
+        if earlier is sample.token_ids:
+            return [-1] * len(sample.token_ids)
+        same = 0
+        while same < min(len(earlier), len(sample.token_ids)) and earlier[same] == sample.token_ids[same]:
+            same += 1
+        known = list(earlier[: same + 1])  # the first difference is still a prediction
+        return (known + [-1] * len(sample.token_ids))[: len(sample.token_ids)]
+
+    def _pieces(
+        self, samples: Sequence[Sample], twins: Sequence[list[int]], most: int
+    ) -> Iterator[tuple[Rows, Tensor | None]]:
+        owners = [(s, i, twin[i]) for s, twin in zip(samples, twins, strict=True) for i in range(len(s.token_ids))]
+        chunks = [owners[start : start + most] for start in range(0, len(owners), most)]
+        sizes = [len(chunk) for chunk in chunks]
+        drafts: Iterator[Tensor | None] = iter([None] * len(chunks))
+        if self.draft is not None:
+            drafts = regrouped(self.draft.rows(samples, most), iter(sizes))
+        logits = regrouped(self.target.rows(samples, most), iter(sizes))
+        for chunk, piece, draft in zip(chunks, logits, drafts, strict=True):
+            device = piece.device
+            yield (
+                Rows(
+                    logits=piece,
+                    params=[s.params for s, _, _ in chunk],
+                    prompts=[s.prompt_ids for s, _, _ in chunk],
+                    outputs=[s.token_ids[:i] if s.params.penalised else () for s, i, _ in chunk],
+                    tokens=torch.tensor([s.token_ids[i] for s, i, _ in chunk], device=device),
+                    previous=torch.tensor([s.token_ids[i - 1] if i else -1 for s, i, _ in chunk], device=device),
+                    twins=torch.tensor([twin for _, _, twin in chunk], device=device),
+                ),
+                None if draft is None else draft.to(piece),
+            )
+
+
+class _Frozen(dict[int, float]):
+    """A logit bias that can be part of a key."""
+
+    def __init__(self, items: object):
+        super().__init__(items)  # type: ignore[call-overload]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+
+Pairs = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The columns of :class:`Scored` that come of the laws, for n rows."""
+
+    log_p: np.ndarray
+    entropy: np.ndarray
+    spread: np.ndarray
+    pit: np.ndarray
+    draft_pit: np.ndarray
+    ratios: Pairs
+    directions: Pairs
+
+
+def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, noise: Tensor) -> _Piece:
+    surprise = torch.where(p > 0, -p.log(), 0.0)
+    entropy = (p * surprise).sum(-1)
+    sets = {
+        "more surprising than expected": (surprise > entropy[:, None]) & (p > 0),
+        "unlikely tokens (p < 1 %)": p < 0.01,
+    }
+    draft_pit = torch.full_like(noise, torch.nan)
+    if q is not None:
+        sets["tokens the draft likes (q > p)"] = q > p
+        order = torch.where(p > 0, q / p.clamp_min(torch.finfo(p.dtype).tiny), torch.inf)
+        draft_pit = _pit(p, order, rows.tokens, noise)
+    return _Piece(
+        log_p=_f64(at_tokens(p, rows.tokens).log()),
+        entropy=_f64(entropy),
+        spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
+        pit=_f64(_pit(p, p, rows.tokens, noise)),
+        draft_pit=_f64(draft_pit),
+        ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, p, q, last)},
+        directions={name: (_f64(at_tokens(a, rows.tokens)), _f64((p * a).sum(-1))) for name, a in sets.items()},
+    )
+
+
+def _pit(p: Tensor, order: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    """[n] mass of tokens ahead of x in ``order`` (descending) + v * mass of those level with it; NaN if p(x) = 0."""
+    here = order.gather(-1, tokens[:, None])
+    ahead = torch.where(order > here, p, 0.0).sum(-1)
+    level = torch.where(order == here, p, 0.0).sum(-1)
+    possible = at_tokens(p, tokens) > 0
+    return torch.where(possible, (ahead + noise * level).clamp(max=1 - 2.0**-24), torch.nan)
+
+
+def _joined(kept: Sequence[tuple[int, Sample]], parts: Sequence[_Piece]) -> Scored:
+    index = [
+        (i, at, offset)
+        for i, s in kept
+        for at, offset in enumerate(s.offsets if s.offsets is not None else [UNKNOWN] * len(s.token_ids))
+    ]
+    sample, position, offset = np.array(index, dtype=np.int64).reshape(-1, 3).T
+    flat = {
+        name: np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])
+        for name in ("log_p", "entropy", "spread", "pit", "draft_pit")
+    }
+    sizes = [len(part.log_p) for part in parts]
+    ratios = _joined_pairs([part.ratios for part in parts], sizes)
+    return Scored(
+        sample, position, offset, ratios=ratios, directions=_joined_pairs([part.directions for part in parts], sizes),
+        **flat,
+    )  # fmt: skip
+
+
+def _joined_pairs(parts: Sequence[Pairs], sizes: Sequence[int]) -> Pairs:
+    """By name; a law that is not in use in a part is the target's there."""
+    blanks = [(np.zeros(size), np.zeros(size)) for size in sizes]
+    joined = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part.get(name, blank) for part, blank in zip(parts, blanks, strict=True)]
+        joined[name] = np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
+    return joined
+
+
+def _f64(tensor: Tensor) -> np.ndarray:
+    return tensor.double().cpu().numpy()

@@ -1,0 +1,179 @@
+"""The statistics of the audit, themselves tested: fair under the null at every look, coverage of the bound, power."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from spec.audit.certificate import Certificate, Direction, excess
+from spec.audit.evidence import Evidence, _bumps, _intervals, _shape_bets
+from spec.audit.samples_only import kernel, permutation_test
+from spec.audit.scoring import Scored
+from spec.audit.statistical import Settings
+from spec.audit.trial import try_one
+
+
+def scored(pit: np.ndarray, draw: np.random.Generator, length: int = 20) -> Scored:
+    """Samples of ``length`` tokens with these PITs, and one named law whose ratios are fair: 0 or 2 in equal parts."""
+    n = len(pit)
+    ratio = np.where(draw.random(n) < 0.5, -np.inf, math.log(2))
+    nothing = np.zeros(n)
+    position = np.arange(n) % length
+    return Scored(
+        np.arange(n) // length, position, position % 3, np.full(n, -1.0), np.ones(n), np.ones(n), pit,
+        np.full(n, np.nan),
+        {"temperature x2": (np.zeros(n), nothing), "draft leak": (ratio, nothing)},
+        {"half": ((pit < 0.5).astype(float), np.full(n, 0.5))},
+    )  # fmt: skip
+
+
+def test_every_shape_bet_is_fair() -> None:
+    intervals = _intervals()
+    for number, gain_in, gain_out in _bumps():
+        width = 2.0 ** -intervals[number][0]
+        assert width * math.exp(gain_in) + (1 - width) * math.exp(gain_out) == pytest.approx(1, abs=1e-12)
+
+
+def test_shape_bets_count_what_lies_in_their_intervals() -> None:
+    u = np.array([0.01, 0.26, np.nan, 0.99])
+    _, gains = _shape_bets((u, np.zeros(4)), np.array([1, 3]))
+    for (number, gain_in, gain_out), (first, second) in zip(_bumps(), gains, strict=True):
+        level, i = _intervals()[number]
+        inside = [i / 2**level <= x < (i + 1) / 2**level for x in (0.01, 0.26, 0.99)]
+        due = [gain_in if yes else gain_out for yes in inside]
+        assert first == pytest.approx(due[0] + due[1]) and second == pytest.approx(due[2])
+
+
+def test_false_alarms_at_any_time_are_at_most_the_level() -> None:
+    """The highest of all looks, in 200 audits of 600 tokens: above 1/0.1 in at most 10 % of them and two errors."""
+    draw = np.random.default_rng(1)
+    alarms = 0
+    for _ in range(200):
+        evidence = Evidence()
+        for _ in range(3):
+            evidence.update(scored(draw.random(200), draw))
+        alarms += evidence.highest >= math.log(10)
+    assert alarms <= 200 * 0.1 + 2 * math.sqrt(200 * 0.1 * 0.9)
+
+
+def test_dependence_between_tokens_is_found_though_each_is_uniform() -> None:
+    draw = np.random.default_rng(2)
+    u = draw.random(2000)
+    u[1::2] = (u[::2] + 0.1 * draw.random(1000)) % 1  # every second token repeats the noise of the one before
+    evidence = Evidence()
+    evidence.update(scored(u, draw))
+    best = max(evidence.shapes, key=lambda name: evidence.shapes[name].log_mean)
+    assert evidence.highest > math.log(1000) and best == "after the token before"
+
+
+def test_noise_used_for_every_request_is_found() -> None:
+    draw = np.random.default_rng(3)
+    evidence = Evidence()
+    evidence.update(scored(np.tile(draw.random(20), 40), draw))
+    assert evidence.shapes["beside the request before"].log_mean > math.log(1000)
+
+
+def test_batches_do_not_matter() -> None:
+    """The same tokens in one batch or in ten: the same evidence."""
+    u = np.random.default_rng(4).random(400) ** 1.2
+    one, ten = Evidence(), Evidence()
+    one.update(scored(u, np.random.default_rng(5)))
+    draw = np.random.default_rng(5)
+    for part in np.split(u, 10):
+        ten.update(scored(part, draw))
+    assert one.log_e == pytest.approx(ten.log_e, abs=1e-9)
+    assert [look.tokens for look in one.path] == [look.tokens for look in ten.path]
+    assert one.first_at(0.5) == ten.first_at(0.5)
+
+
+def test_excess_is_where_the_mixture_reaches_the_level() -> None:
+    from spec.audit.certificate import _PSI, _RATES
+
+    for squares in (0.0, 3.0, 1e4):
+        s = excess(squares, 1e-3)
+        assert np.logaddexp.reduce(_RATES * s - _PSI * squares) - math.log(len(_RATES)) == pytest.approx(math.log(1e3))
+    # within a factor of the law of the iterated logarithm's constants: z of a fixed sample would be 3.1
+    assert 3.1 < excess(1e4, 1e-3) / 100 < 5
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.08])
+def test_the_bound_holds_at_every_look(shift: float) -> None:
+    """400 paths, a rare and a common set, expectation that changes from token to token: at most 10 % ever outside."""
+    draw = np.random.default_rng(6)
+    missed = 0
+    for _ in range(400):
+        p = draw.choice([0.02, 0.5], size=1500)
+        x = (draw.random(1500) < p + shift) - p
+        totals, squares, n = np.cumsum(x), np.cumsum(x * x), np.arange(1, 1501)
+        looks = [19, 59, 199, 599, 1499]
+        missed += any(
+            abs(totals[i] / n[i] - shift) > Direction(int(n[i]), float(totals[i]), float(squares[i])).radius(0.1)
+            for i in looks
+        )
+    assert missed <= 400 * 0.1 + 2 * math.sqrt(400 * 0.09)
+
+
+def test_certificate_takes_the_worst_direction() -> None:
+    draw = np.random.default_rng(7)
+    certificate = Certificate(0.01)
+    assert certificate.epsilon == 1
+    certificate.update(scored(draw.random(4000) * 0.9, draw))
+    table = certificate.table()
+    assert certificate.epsilon == max(row["bound"] for row in table.values())
+    assert table["half"]["shift"] == pytest.approx(0.5 / 0.9 - 0.5, abs=0.03)
+    assert table["half"]["bound"] > 0.5 / 0.9 - 0.5
+
+
+@pytest.mark.parametrize("name", ["GarbageTemperature", "FixedSeed", "GreedyVerification"])
+def test_gross_mutants_are_found_within_a_few_hundred_tokens(name: str) -> None:
+    verdict = try_one(name, 0, tokens=2000)
+    assert verdict.verdict == "different"
+    assert verdict.tests["decided_at"] <= 400
+
+
+def test_the_fault_is_named() -> None:
+    verdict = try_one("PlainTemperatureIgnored", 1, tokens=8000)
+    assert verdict.fault is not None and verdict.fault.name in ("temperature ignored", "temperature")
+    assert verdict.fault.where["setting"] != "defaults"
+
+
+def test_a_correct_engine_is_not_called_different_and_is_bounded() -> None:
+    verdict = try_one("correct", 3, tokens=4000, epsilon=0.08)
+    assert verdict.verdict == "equivalent" and verdict.epsilon is not None and verdict.epsilon <= 0.08
+    assert sum(verdict.histograms["pit"]) == verdict.tokens
+    assert abs(verdict.tests["standard"]["pit"]) < 4.5
+
+
+def test_settings_outside_their_range_name_the_remedy() -> None:
+    with pytest.raises(ValueError, match="delta=0"):
+        Settings(delta=0)
+    with pytest.raises(ValueError, match="tolerance"):
+        Settings(tolerance=1.0)
+
+
+# ----------------------------------------------------------------------------------------------- samples without scorer
+
+
+def texts(draw: np.random.Generator, bias: float, count: int) -> list[tuple[int, ...]]:
+    law = np.array([0.5 + bias, 0.3 - bias, 0.2])
+    return [tuple(draw.choice(3, size=8, p=law).tolist()) for _ in range(count)]
+
+
+def test_permutation_p_values_are_uniform_under_the_null_and_small_beside_it() -> None:
+    draw = np.random.default_rng(8)
+    null = [
+        permutation_test([kernel([*texts(draw, 0, 6), *texts(draw, 0, 6)]) for _ in range(3)], 199, seed)[1]
+        for seed in range(120)
+    ]
+    for level in (0.1, 0.3, 0.5):
+        share = float(np.mean(np.array(null) <= level))
+        assert abs(share - level) < 3 * math.sqrt(level * (1 - level) / 120)
+    apart = [kernel([*texts(draw, 0, 16), *texts(draw, 0.25, 16)]) for _ in range(6)]
+    assert permutation_test(apart, 1999)[1] == 1 / 2000
+
+
+def test_the_kernel_sees_texts_that_are_shifted() -> None:
+    k = kernel([(1, 2, 3, 4), (9, 1, 2, 3), (5, 6, 7, 8)])
+    assert k[0, 0] == pytest.approx(2) and k[0, 1] > 0.5 and k[0, 2] == 0
