@@ -24,6 +24,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from benchmarks.common import ROOT, finish, in_subprocess, tuned_cpu_env
@@ -68,7 +69,11 @@ def main() -> None:
     """Measure the sides in turn; print the table, then the JSON object of :func:`report`."""
     args = arguments()
     if args.measure:
-        print(json.dumps(measured(*args.measure)))
+        try:
+            print(json.dumps(measured(*args.measure)))
+        except Exception as error:  # of whatever library: the process that waits reports the last line
+            print(shorten(f"{type(error).__name__}: {error}", 300))
+            raise
         return
     try:
         sides, plans, left_out = prepare(args)

@@ -10,6 +10,8 @@ from benchmarks.common import peak_rss_mib
 from benchmarks.decode_plan import Plan, Side
 from benchmarks.decode_runner import Counts, Runner, decode
 
+_CACHE_GIB = 0.5  # vLLM's keys and values, the draft's too: some 20,000 tokens of the default target
+
 
 class Ours(Runner):
     """``spec.engine.Engine``; parts as ``spec.generate`` opens them, a draft model's weights in int8 on a CPU."""
@@ -158,7 +160,7 @@ class VLLM(Runner):
             "speculative_config": speculative | {"num_speculative_tokens": plan.length(side)}
         }  # fmt: skip
         self._engine: Any = start_engine(
-            None, model=plan.target, dtype="bfloat16", max_model_len=plan.longest,
+            _CACHE_GIB, model=plan.target, dtype="bfloat16", max_model_len=plan.longest,
             max_num_seqs=max(cell.batch for cell in plan.cells), max_num_batched_tokens=4096, block_size=32,
             enable_prefix_caching=False, enforce_eager=True, seed=plan.seed, **options,
         )  # fmt: skip

@@ -14,13 +14,15 @@ _BUFFER = 2**30  # bytes read at once: more than any cache holds
 def weight_bytes(directory: Path) -> int:
     """Bytes of the weights that a token of a bf16 model reads: all but an embedding that is not also the head.
 
-    Raises ValueError for a directory without safetensors.
+    Raises ValueError for a directory without model*.safetensors.
     """
     from safetensors import safe_open
 
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(directory.glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{directory} holds no safetensors: give --target a directory in the Hugging Face layout")
+        raise ValueError(
+            f"{directory} holds no model*.safetensors: give --target a directory in the Hugging Face layout"
+        )
     sizes: dict[str, int] = {}
     for path in files:
         with safe_open(path, framework="numpy") as file:

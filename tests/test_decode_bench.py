@@ -106,14 +106,37 @@ def test_the_last_line_is_what_is_promised(tmp_path, capsys) -> None:
     assert json.loads((tmp_path / "out.json").read_text())["results"] == last["results"]
 
 
-@pytest.mark.parametrize(("tied", "read"), [(True, 2 * (12 + 20)), (False, 2 * (12 + 20))])
-def test_a_token_reads_every_matrix_once_and_no_embedding(tied: bool, read: int, tmp_path) -> None:
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_every_matrix_once_and_no_embedding(tied: bool, tmp_path) -> None:
     tensors = {"model.embed_tokens.weight": np.zeros((5, 4), np.float16), "layer.weight": np.zeros((3, 4), np.float16)}
     if not tied:
         tensors["lm_head.weight"] = np.zeros((5, 4), np.float16)
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    assert weight_bytes(tmp_path) == read
+    assert weight_bytes(tmp_path) == 2 * (3 * 4 + 5 * 4)  # the layer and the head, which is the embedding where tied
+
+
+def test_a_side_that_fails_is_left_out_and_the_others_are_measured(monkeypatch, capsys) -> None:
+    started = []
+
+    def run(name: str, plan, threads) -> dict:
+        started.append((name, Plan.read(plan).seed))
+        if name == "vllm.plain":
+            raise RuntimeError("`python ...` exited 1; its output ended:\nno room for the cache")
+        return {"bytes_per_s": 1e6} if name == "memory" else canned()[name][0]
+
+    sides = [Side("ours"), Side("vllm"), Side("ours", "draft")]
+    plans = [Plan("t", "d", None, 8, 3, 6, seed, []) for seed in (0, 1)]
+    monkeypatch.setattr(sys, "argv", ["decode"])
+    monkeypatch.setattr(decode, "prepare", lambda args: (sides, plans, {}))
+    monkeypatch.setattr(decode, "run", run)
+    monkeypatch.setattr(decode, "weight_bytes", lambda directory: 1000)
+    decode.main()
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert last["left_out"] == {"vllm.plain": "failed: no room for the cache"}
+    assert {row["engine"] for row in last["results"]} == {"ours"}
+    assert [name for name, seed in started if seed == 1] == ["memory", "ours.plain", "ours.draft"]
+    assert all(len(row["rounds_tok_s"]) == 2 for row in last["results"])
 
 
 # -------------------------------------------------------------------------------------------------------------- sides
