@@ -52,4 +52,4 @@ def assert_lossless(
 
 
 def _conditionals(model: Conditionals | LanguageModel) -> Conditionals:
-    return cast("Conditionals", model) if hasattr(model, "rows") else ModelConditionals(cast("LanguageModel", model))
+    return cast("Conditionals", model) if hasattr(model, "rows") else ModelConditionals(model)
