@@ -18,7 +18,7 @@ quickstart: setup  ## train a student end to end: minutes, no GPU, no download o
 	@$(PY) -m onpolicy.train --config $(QUICKSTART) --resume
 
 test: setup  ## the tests that CI runs
-	@$(PY) -m pytest -q -m "not slow and not gpu"
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -q -m "not slow and not gpu"
 
 test-slow: setup  ## the slow tests: real models, whole runs, processes that are killed
 	@$(PY) -m pytest -q -m "slow and not gpu"

@@ -3,12 +3,13 @@
     python -m benchmarks.decode --only 'ours.*' vllm.plain --batches 1 --json out.json
 
 Every side decodes the same prompts (token ids) to the same number of new tokens, whatever end tokens come up: held-out
-word problems, and a text to be copied for the sides that look text up. Each runs alone in a fresh process, in turn,
+word problems, and a text to go on copying for the sides that look text up. Each runs alone in a fresh process, in turn,
 with the same environment: preloaded OpenMP and allocator, one thread a physical core, an allocator that keeps freed
 memory. Rounds have other prompts and seeds; ratios are taken round by round, since the machine's speed drifts.
 
 tok/s is end to end: new tokens over the time from handing the prompts over to the last token, so the prompts' passes
-are in it; the time to the first token (mean over prompts) stands beside it. tok/step: tokens of a sequence a target
+are in it; the time to the first token (mean over prompts) stands beside it, and the rate after it (decode/s).
+tok/step: tokens of a sequence a target
 pass, the one that ends its prompt included. accepted: share of drafted tokens; what vLLM and transformers
 draft beyond the last token asked for counts too. The roofline is the rate at which the memory can deliver the weights
 of the bf16 target, which plain decoding of one sequence cannot pass. ours-int8 and ours-int4 quantise the target and

@@ -259,7 +259,7 @@ def measure(side: Side, plan: Plan) -> dict[str, Any]:
     cells = [cell for cell in plan.cells if side.decodes(cell.workload, cell.batch)]
     measured = [
         {"workload": cell.workload, "temperature": cell.temperature, "batch": cell.batch}
-        | decode(runner, cell, plan.tokens, plan.seed).figures()
+        | decode(runner, cell, plan.tokens, plan.seed).figures(cell.batch)
         for cell in cells
     ]
     runner.close()

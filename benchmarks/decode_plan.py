@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 COPY_INSTRUCTION = "Repeat the following text exactly:"
-_COPY_SEED = 1  # of the word problems whose questions are copied
+_COPY_SEED = 1  # of the word problems whose sentences are copied
+_COPIES = 2  # of a passage in the prompt, after the first
 
 
 @dataclass(frozen=True)
@@ -167,17 +169,22 @@ def problem_prompts(tokenizer: PreTrainedTokenizerBase, data: str | None, count:
 
 
 def copy_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, room: int) -> list[list[int]]:
-    """Templated prompts that ask for a passage of at least ``tokens`` tokens to be repeated, so that copying it takes
-    the whole completion. Passages share no sentence.
+    """Templated conversations in which a passage has been repeated twice and a third time is begun.
 
-    Raises ValueError where such a prompt has more than ``room`` tokens.
+    What is left of it has at least ``tokens`` tokens, so that copying takes the whole completion. A small model that is
+    asked once soon goes astray when it samples, and then the task would not be one of copying. Passages share no
+    sentence. Raises ValueError where such a prompt has more than ``room`` tokens.
     """
-    from onpolicy.prompts import render, word_problems
+    from onpolicy.prompts import render
 
-    questions = (problem.question for problem in word_problems(_COPY_SEED))
     prompts = []
-    for passage in islice(passages(questions, tokenizer, tokens), count):
-        prompts.append(render(tokenizer, [{"role": "user", "content": f"{COPY_INSTRUCTION}\n\n{passage}"}]))
+    for passage in islice(passages(statements(), tokenizer, tokens), count):
+        text = " ".join(passage)
+        messages = [{"role": "user", "content": f"{COPY_INSTRUCTION}\n\n{text}"}]
+        for _ in range(_COPIES):
+            messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Repeat it once more."}]
+        begun = tokenizer(passage[0], add_special_tokens=False)["input_ids"]
+        prompts.append([*render(tokenizer, messages), *begun])
         if len(prompts[-1]) > room:
             raise ValueError(
                 f"a prompt that asks for {tokens} tokens to be copied has {len(prompts[-1])}, and the model leaves "
@@ -186,15 +193,23 @@ def copy_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, ro
     return prompts
 
 
-def passages(sentences: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[str]:
-    """Texts of at least ``tokens`` tokens, of whole sentences that were in none before."""
-    passage: list[str] = []
+def statements() -> Iterator[str]:
+    """Sentences of the built-in word problems, each once, without the questions: a model would answer those."""
+    from onpolicy.prompts import word_problems
+
     seen: set[str] = set()
+    for problem in word_problems(_COPY_SEED):
+        for sentence in re.findall(r"[^.?]+[.?](?= |$)", problem.question):
+            if sentence.endswith(".") and sentence not in seen:
+                seen.add(sentence)
+                yield sentence.strip()
+
+
+def passages(sentences: Iterator[str], tokenizer: PreTrainedTokenizerBase, tokens: int) -> Iterator[list[str]]:
+    """Consecutive sentences that have at least ``tokens`` tokens without the first of them."""
+    passage: list[str] = []
     for sentence in sentences:
-        if sentence in seen:
-            continue
-        seen.add(sentence)
         passage.append(sentence)
-        if len(tokenizer(" ".join(passage), add_special_tokens=False)["input_ids"]) >= tokens:
-            yield " ".join(passage)
+        if len(tokenizer(" ".join(passage[1:]), add_special_tokens=False)["input_ids"]) >= tokens:
+            yield passage
             passage = []

@@ -64,6 +64,8 @@ def _result(
         "tok_s": statistics.median(cell["tok_s"] for cell in mine),
         "rounds_tok_s": [cell["tok_s"] for cell in mine],
         **{name: _ratio(mine, cells.get(base, {}).get(key)) for name, base in bases.items()},
+        "decode_tok_s": _median([cell["decode_tok_s"] for cell in mine]),
+        "decode_ratio_own_plain": _ratio(mine, cells.get(side.plain.name, {}).get(key), "decode_tok_s"),
         "tokens_per_target_step": statistics.median(cell["tokens_per_target_step"] for cell in mine),
         "acceptance": _median([cell["acceptance"] for cell in mine]),
         "first_token_s": statistics.median(cell["first_token_s"] for cell in mine),
@@ -71,10 +73,10 @@ def _result(
     }
 
 
-def _ratio(mine: Sequence[Figures], base: Sequence[Figures] | None) -> float | None:
-    if base is None:
-        return None
-    return statistics.median(cell["tok_s"] / other["tok_s"] for cell, other in zip(mine, base, strict=True))
+def _ratio(mine: Sequence[Figures], base: Sequence[Figures] | None, rate: str = "tok_s") -> float | None:
+    """Median over the rounds of the quotient of two sides' rates."""
+    pairs = zip(mine, base, strict=True) if base is not None else ()
+    return _median([cell[rate] / other[rate] for cell, other in pairs if cell[rate] and other[rate]])
 
 
 def _median(values: Sequence[float | None]) -> float | None:
@@ -86,7 +88,7 @@ def table(found: Sequence[Mapping[str, Any]], roofline_tok_s: float) -> str:
     """The results for people, one block a workload, batch and temperature."""
     lines = []
     heading = f"{'':24}{'K':>5}{'tok/s':>8}" + "".join(f"{name:>12}" for name in _BASES.values())
-    heading += f"{'tok/step':>10}{'accepted':>10}{'first ms':>10}{'peak MiB':>10}"
+    heading += f"{'decode/s':>10}{'×own plain':>12}{'tok/step':>10}{'accepted':>10}{'first ms':>10}{'peak MiB':>10}"
     block = None
     for row in found:
         if block != (block := (row["workload"], row["batch"], row["temperature"])):
@@ -97,6 +99,7 @@ def table(found: Sequence[Mapping[str, Any]], roofline_tok_s: float) -> str:
         side = Side(row["engine"], row["drafter"], row["draft_length"] == "auto" and row["engine"] != "transformers")
         line = f"{side.name:24}{_shown(row['draft_length'], '>5')}{row['tok_s']:8.1f}"
         line += "".join(_shown(row[name], ">12.2f") for name in _BASES)
+        line += f"{_shown(row['decode_tok_s'], '>10.1f')}{_shown(row['decode_ratio_own_plain'], '>12.2f')}"
         line += f"{row['tokens_per_target_step']:10.2f}{_shown(row['acceptance'], '>10.3f')}"
         lines.append(line + f"{1e3 * row['first_token_s']:10.0f}{row['peak_rss_mib']:10.0f}")
     return "\n".join(lines)

@@ -27,10 +27,16 @@ class Counts:
             setattr(self, name, getattr(self, name) + value)
         return self
 
-    def figures(self) -> dict[str, Any]:
-        """``acceptance`` is None where nothing was drafted."""
+    def figures(self, batch: int) -> dict[str, Any]:
+        """Of prompts decoded ``batch`` at a time. ``acceptance`` is None where nothing was drafted.
+
+        ``decode_tok_s`` is the rate of the tokens after each prompt's first, from the mean time of the firsts on; None
+        where there are no others.
+        """
+        others, seconds = self.tokens - len(self.first_s), self.seconds - sum(self.first_s) / batch
         return {
             "tok_s": self.tokens / self.seconds,
+            "decode_tok_s": others / seconds if others else None,
             "first_token_s": sum(self.first_s) / len(self.first_s),
             "tokens_per_target_step": self.tokens / self.target_steps,
             "acceptance": self.accepted / self.drafted if self.drafted else None,

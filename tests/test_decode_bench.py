@@ -29,7 +29,8 @@ def rounds(cells_of_round: list[list[tuple[str, int, float, float]]], acceptance
             "cells": [
                 {
                     "workload": workload, "batch": batch, "temperature": temperature, "tok_s": rate,
-                    "first_token_s": 0.02, "tokens_per_target_step": 1.5, "acceptance": acceptance,
+                    "decode_tok_s": 3 * rate, "first_token_s": 0.02, "tokens_per_target_step": 1.5,
+                    "acceptance": acceptance,
                 }
                 for workload, batch, temperature, rate in cells
             ],
@@ -56,6 +57,7 @@ def test_ratios_are_taken_round_by_round() -> None:
     draft = found["ours", "draft", "problems"]
     assert draft["ratio_own_plain"] == draft["ratio_ours_plain"] == 2.0  # of the medians it would be 67.5 / 45 = 1.5
     assert draft["ratio_vllm_plain"] == 4.0
+    assert (draft["decode_tok_s"], draft["decode_ratio_own_plain"]) == (202.5, 2.0)
     assert draft["tok_s"] == 67.5 and draft["rounds_tok_s"] == [180.0, 67.5, 60.0]
     assert draft["acceptance"] == 0.4 and draft["draft_length"] == 3
     vllm = found["vllm", "none", "problems"]
@@ -172,12 +174,17 @@ def test_a_missing_student_names_the_remedy(monkeypatch, tmp_path) -> None:
 
 
 def test_copying_takes_the_whole_completion_and_fits(tokenizer) -> None:
-    prompts = copy_prompts(tokenizer, 3, tokens=40, room=400)
-    texts = [tokenizer.decode(ids) for ids in prompts]
-    copied = [text.partition(COPY_INSTRUCTION)[2].partition("<|im_end|>")[0].strip() for text in texts]
-    assert len(set(copied)) == 3
-    for ids, passage in zip(prompts, copied, strict=True):
-        assert 40 <= len(tokenizer(passage, add_special_tokens=False)["input_ids"]) < len(ids) <= 400
+    sentences: list[str] = []
+    for ids in copy_prompts(tokenizer, 3, tokens=40, room=900):
+        assert len(ids) <= 900
+        text = tokenizer.decode(ids)
+        passage = text.partition(f"{COPY_INSTRUCTION}\n\n")[2].partition("<|im_end|>")[0]
+        assert text.count(passage) == 3  # asked for, and given twice
+        begun = text.rpartition("<|im_start|>assistant\n")[2]
+        assert begun and passage.startswith(f"{begun} ") and "?" not in passage
+        assert len(tokenizer(passage.removeprefix(begun), add_special_tokens=False)["input_ids"]) >= 40
+        sentences += passage.split(". ")
+    assert len(set(sentences)) == len(sentences)
     with pytest.raises(ValueError, match="lower --tokens"):
         copy_prompts(tokenizer, 1, tokens=40, room=40)
 
@@ -213,13 +220,19 @@ class Canned(Runner):
 def test_a_cell_is_warmed_up_and_added_up() -> None:
     cell = Cell("problems", 1.0, 2, [[1], [2], [3], [4]])
     runner = Canned()
-    figures = decode_cell(runner, cell, 20, seed=5).figures()
+    figures = decode_cell(runner, cell, 20, seed=5).figures(batch=2)
     assert [(prompts, tokens) for prompts, tokens, _ in runner.calls] == [
         ([[1], [2]], 16), ([[1], [2]], 20), ([[3], [4]], 20),
     ]  # fmt: skip
     assert runner.calls[1][2] != runner.calls[2][2]  # no two batches share a seed
     assert figures == pytest.approx(
-        {"tok_s": 80.0, "first_token_s": 0.1, "tokens_per_target_step": 2.0, "acceptance": 0.5}
+        {
+            "tok_s": 80.0,
+            "decode_tok_s": 76 / 0.8,
+            "first_token_s": 0.1,
+            "tokens_per_target_step": 2.0,
+            "acceptance": 0.5,
+        }
     )
     with pytest.raises(RuntimeError, match="80 tokens were asked for, 78 were made"):
         decode_cell(Canned(short=1), cell, 20, seed=5)

@@ -50,13 +50,14 @@ def test_saved_and_loaded_alike(tmp_path: Path) -> None:
     again = DraftVocabulary.load(tmp_path, vocab_size=6)
     assert again is not None and again.ids.dtype == np.int64
     assert (again.ids.tolist(), again.vocab_size, again.mass) == ([1, 4, 5], 6, 14 / 20)
-    assert [path.name for path in tmp_path.iterdir()] == [FILE]
+    assert list(tmp_path.rglob("*.*")) == [tmp_path / FILE]  # and nothing beside the weights, where vLLM would read it
     with pytest.raises(ValueError, match="the model has 7: choose it again"):
         DraftVocabulary.load(tmp_path, vocab_size=7)
 
 
 def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     header = {"vocab_size": "9", "mass": "1.0"}
+    (tmp_path / FILE).parent.mkdir()
     for tensors, metadata, problem in (
         ({"ids": np.array([1, 2])}, None, "is not a draft vocabulary"),
         ({"other": np.array([1, 2])}, header, "is not a draft vocabulary"),

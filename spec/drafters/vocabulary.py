@@ -5,7 +5,7 @@ it q = 0, which costs acceptance there and nothing else: the output stays exactl
 are always kept, for a draft that cannot end a text is rejected at every end.
 
 ``python -m spec.drafters.vocabulary --student DIR --data samples.jsonl --size 8192`` writes
-``DIR/draft_vocabulary.safetensors``.
+``DIR/draft/vocabulary.safetensors``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FILE = "draft_vocabulary.safetensors"
+FILE = "draft/vocabulary.safetensors"  # not beside the weights, where vLLM would take it for some of them
 _ID_FIELDS = ("completion_ids", "token_ids", "input_ids")  # of a JSONL line, the first that is there
 _TEXT_FIELDS = ("completion", "text")
 
@@ -54,7 +54,9 @@ class DraftVocabulary:
         """Writes :data:`FILE` beside a student, whole or not at all."""
         from safetensors.numpy import save
 
-        path, scratch = directory / FILE, directory / f".{FILE}.tmp"
+        path = directory / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.tmp")
         header = {"vocab_size": str(self.vocab_size), "mass": repr(self.mass)}
         scratch.write_bytes(save({"ids": self.ids}, header))
         return scratch.replace(path)
