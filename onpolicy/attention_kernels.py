@@ -13,6 +13,10 @@ from typing import Any
 import numba
 import numpy as np
 
+from spec import threads
+
+threads.launch()
+
 f32: Any = np.float32
 i32: Any = np.int32
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}

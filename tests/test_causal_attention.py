@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -59,3 +63,15 @@ def test_it_is_used_where_it_is_right() -> None:
     states = torch.zeros(1, 4, 2, 8)
     assert fits(states.bfloat16()) and not fits(states)
     assert not fits(torch.zeros(1, 4096, 1, 8, dtype=torch.bfloat16))
+
+
+def test_numbas_threads_leave_torchs_loops_flat() -> None:
+    """Nested parallel regions, which numba switches on, make small products inside torch's loops a hundred times slower."""
+    code = (
+        "import ctypes, torch; torch.zeros(64, 64) @ torch.zeros(64, 64); import onpolicy.attention_kernels as k; "
+        "import numpy as np; k.softmax(np.ones((1, 2, 2), np.float32), np.float32(1), np.zeros((1, 2, 2), np.int16), "
+        "np.zeros((1, 2), np.float32)); print(ctypes.CDLL('libgomp.so.1').omp_get_max_active_levels())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-1] == "1"

@@ -19,6 +19,10 @@ from typing import Any
 import numba
 import numpy as np
 
+from spec import threads
+
+threads.launch()
+
 f32: Any = np.float32
 i32: Any = np.int32
 u32: Any = np.uint32
