@@ -66,7 +66,7 @@ def test_it_is_used_where_it_is_right() -> None:
 
 
 def test_numbas_threads_leave_torchs_loops_flat() -> None:
-    """Nested parallel regions, which numba switches on, make small products inside torch's loops a hundred times slower."""
+    """Nested parallel regions, which numba switches on, make small products in torch's loops a hundred times slower."""
     code = (
         "import ctypes, torch; torch.zeros(64, 64) @ torch.zeros(64, 64); import onpolicy.attention_kernels as k; "
         "import numpy as np; k.softmax(np.ones((1, 2, 2), np.float32), np.float32(1), np.zeros((1, 2, 2), np.int16), "
