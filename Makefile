@@ -39,7 +39,7 @@ doctor: setup  ## examine the quickstart's configuration before a run
 	@$(PY) -m onpolicy.doctor --config $(QUICKSTART)
 
 audit: setup  ## is every engine installed here distributed as its target? (exact, then by its text; minutes)
-	@$(PY) -m spec.audit.everything
+	@$(PY) -m spec.audit.everything "$$($(PY) -m onpolicy.teachers.convert)"
 
 lock:  ## resolve the newest compatible versions into requirements/cpu.lock
 	@bash scripts/lock.sh

@@ -145,7 +145,7 @@ class VLLM(Runner):
     """
 
     def __init__(self, side: Side, plan: Plan):
-        from onpolicy.rollouts.vllm_engine import start_engine
+        from spec.vllm_engine import start_engine
 
         speculative: dict[str, Any] | None = None
         if side.drafter == "draft":
@@ -198,7 +198,7 @@ class VLLM(Runner):
 
     def close(self) -> None:
         """So that nothing is printed when the process ends."""
-        from onpolicy.rollouts.vllm_engine import stop_engine
+        from spec.vllm_engine import stop_engine
 
         engine, self._engine = self._engine, None
         stop_engine(engine)

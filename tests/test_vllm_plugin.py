@@ -9,8 +9,7 @@ import importlib.util
 import subprocess
 import sys
 import time
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from spec.vllm_engine import quiet, survive_numba
 from spec.vllm_plugin import guard, imports, reference, repairs, selftest
 
 CPU = torch.device("cpu")
@@ -30,19 +30,15 @@ def kernels() -> ModuleType:
     """vLLM's rejection sampler with its CPU kernels registered, as in a worker."""
     pytest.importorskip("vllm")
     from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON, dispatcher
+    from vllm.triton_utils import HAS_TRITON
 
     if not current_platform.is_cpu() or HAS_TRITON:
         pytest.skip("the C++ kernels replace Triton only on a CPU without it")
     current_platform.import_kernels()
     import vllm.v1.sample.rejection_sampler as module
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
-        # vLLM's scan of all modules fails on what numba loads; see onpolicy.rollouts.vllm_engine
-        patch.setattr(
-            dispatcher, "vars", lambda value: vars(value) if isinstance(value.__dict__, Mapping) else {}, raising=False
-        )
-        warnings.simplefilter("ignore", FutureWarning)
+    survive_numba()
+    with quiet():
         current_platform.register_triton_kernel_overrides()
     return module
 
@@ -114,10 +110,15 @@ def test_repaired_it_is_exact_and_stays_so_when_registered_again(repaired: Modul
 
 
 def test_self_test_is_quick(repaired: ModuleType) -> None:
+    """CPU time of this thread, the least of three: other threads of the suite, and other processes, do not count."""
     selftest.faults(repaired, CPU)
-    start = time.process_time()
-    selftest.faults(repaired, CPU)
-    assert time.process_time() - start < 1
+
+    def seconds() -> float:
+        start = time.thread_time()
+        selftest.faults(repaired, CPU)
+        return time.thread_time() - start
+
+    assert min(seconds() for _ in range(3)) < 1
 
 
 # ------------------------------------------------------------------------------------------------------------ mutants

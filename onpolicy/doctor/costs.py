@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _GIB = 2**30
 _FREE_LICENCES = ("apache-2.0", "mit", "bsd", "cc0", "cc-by-4.0", "cc-by-sa-4.0", "unlicense", "isc", "odc-by")
-_LARGEST_CACHE = 4 * _GIB  # as onpolicy.rollouts.vllm_engine
+_LARGEST_CACHE = 4 * _GIB  # as spec.vllm_engine
 _LIBRARIES = 1.0 * _GIB  # torch, transformers and vLLM themselves
 _LOSS_BUFFERS = {"cpu": 192 * 2**20, "cuda": _GIB}  # as onpolicy.losses.chunked
 _CGROUP = Path("/sys/fs/cgroup")

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onpolicy.rollouts.base import ClosingSampler, Progress, check_room, completion_seed, make_rollout
-from onpolicy.rollouts.vllm_engine import caller_state_kept, checked, quiet, start_engine, stop_engine
 from onpolicy.rollouts.vllm_weights import reload_weights
 from onpolicy.types import Prompt, Rollout, SamplingParams, Source
+from spec.vllm_engine import caller_state_kept, checked, quiet, start_engine, stop_engine
 
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine

@@ -1,7 +1,8 @@
 """``make audit``: every engine installed here, inside its verifier where that can be, and by its text.
 
-The target is the default teacher, the draft the quickstart's student where one has been trained, else n-gram lookup
-alone. Each audit is a process of its own, because vLLM changes the one it runs in. Exit status: 0 if none differs.
+The target is the one named (``make audit``: the default teacher), the draft the quickstart's student where one has been
+trained, else n-gram lookup alone. Each audit is a process of its own, because vLLM changes the one it runs in. Exit
+status: 0 if none differs, 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -32,12 +33,14 @@ def commands(target: str, drafts: list[str], engines: list[str]) -> list[list[st
 
 def main() -> int:
     """Runs them all, whatever each answers."""
-    from onpolicy.teachers.convert import default_teacher
-
+    if len(sys.argv) != 2:
+        print("usage: python -m spec.audit.everything TARGET_DIR", file=sys.stderr)
+        return 2
+    target = sys.argv[1]
     drafts = ["ngram", *([str(STUDENT)] if (STUDENT / "config.json").exists() else [])]
     engines = ["torch", "hf", *(["vllm"] if importlib.util.find_spec("vllm") else [])]
     different = failed = 0
-    for arguments in commands(str(default_teacher()), drafts, engines):
+    for arguments in commands(target, drafts, engines):
         print("python -m spec.audit", *arguments, flush=True)
         status = subprocess.run([sys.executable, "-m", "spec.audit", *arguments], check=False).returncode
         different += status == EXIT["different"]

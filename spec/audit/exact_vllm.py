@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
-from collections.abc import Mapping
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -22,6 +20,7 @@ from torch import Tensor
 
 from spec.audit.exact import World, joint_gap
 from spec.verify import length_law
+from spec.vllm_engine import quiet, survive_numba
 
 TEMPERATURE = 0.7  # not 1, so that the settings must reach the rows
 ROUNDING = 1e-5
@@ -49,19 +48,15 @@ def main() -> None:
 def _register_kernels() -> None:
     """As a worker on a CPU without Triton does."""
     from vllm.platforms import current_platform
-    from vllm.triton_utils import HAS_TRITON, dispatcher
+    from vllm.triton_utils import HAS_TRITON
 
     if not current_platform.is_cpu() or HAS_TRITON:
         return
     current_platform.import_kernels()
     import vllm.v1.sample.rejection_sampler  # noqa: F401  the launchers to register for
 
-    def readable(value: Any) -> dict[str, Any]:
-        return vars(value) if isinstance(value.__dict__, Mapping) else {}
-
-    with mock.patch.object(dispatcher, "vars", readable, create=True), warnings.catch_warnings():
-        # vLLM's scan of all modules fails on what numba loads; see onpolicy.rollouts.vllm_engine
-        warnings.simplefilter("ignore", FutureWarning)
+    survive_numba()
+    with quiet():
         current_platform.register_triton_kernel_overrides()
 
 

@@ -37,7 +37,7 @@ def generate(engine: dict[str, Any], requests: list[Request]) -> dict[str, Any]:
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
 
-    from onpolicy.rollouts.vllm_engine import start_engine, stop_engine
+    from spec.vllm_engine import start_engine, stop_engine
 
     llm = start_engine(
         0.25, **{"dtype": "float32", "max_model_len": 128, "max_num_seqs": 32, "block_size": 32, **engine}

@@ -12,7 +12,7 @@ def main() -> None:
     """First line: options of the engine, answered by null; every other: requests, answered by lists of token ids."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is not an answer
-    from onpolicy.rollouts.vllm_engine import start_engine, stop_engine
+    from spec.vllm_engine import start_engine, stop_engine
 
     options = json.loads(sys.stdin.readline())
     engine = start_engine(options.pop("kv_cache_gib", 1.0), **options)

@@ -72,7 +72,7 @@ def start_engine(kv_cache_gib: float | None, **options: Any) -> LLMEngine:
                 "or choose the transformers sampler"
             ) from error
         _drop_harmless()
-        _survive_numba()
+        survive_numba()
         arguments = EngineArgs(
             distributed_executor_backend="uni",
             skip_tokenizer_init=True,
@@ -144,7 +144,7 @@ def _drop_harmless() -> None:
             logger.addFilter(_Drop(texts))
 
 
-def _survive_numba() -> None:
+def survive_numba() -> None:
     """Let an engine start after numba was imported.
 
     On a CPU vLLM asks everything in every loaded module for ``vars(value).get("kernel")``. The ``__dict__`` of
