@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
     from onpolicy.types import Prompt
 
+# What may change on --resume, as prefixes: how a run is watched and saved, and what mends one that diverged.
+_FREE = (
+    "logging", "checkpoint", "rollouts.parity_bound", "rollouts.max_num_seqs", "health.warn_",
+    "optim.learning_rate", "optim.max_grad_norm", "warm_start.learning_rate",
+)  # fmt: skip
+
 
 def check_settings(config: TrainConfig) -> None:
     """Values and combinations that cannot work, without touching a file."""
@@ -213,10 +219,9 @@ def check_disk(directory: Path, needed: int) -> None:
 
 
 def check_same_config(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """A run is continued with the settings it was started with; only how it is watched and saved may change."""
-    free = ("logging", "checkpoint", "rollouts.parity_bound", "rollouts.max_num_seqs", "health.warn_")
+    """A run is continued with the settings it was started with, but for ``_FREE``."""
     before, now = flatten(saved), flatten(current)
-    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(free)]
+    changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_FREE)]
     if changed:
         listed = "; ".join(f"{k}: {before.get(k)} then, {now.get(k)} now" for k in changed[:8])
         raise ValueError(

@@ -13,6 +13,8 @@ from onpolicy.config import OptimConfig, Schedule
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+LOWER_THE_RATE = "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume"
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite; the update was not applied."""
@@ -60,8 +62,8 @@ class Optimization:
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"{where}: the gradient is {norm}; the update was not applied and the last checkpoint is intact. "
-                "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume; if it happens at "
-                "the first step, check the data and try --student.precision float32"
+                f"{LOWER_THE_RATE}; if it happens at the first step, check the data, or start another --name with "
+                "student.precision: float32"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

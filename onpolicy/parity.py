@@ -59,10 +59,10 @@ class ParityMeter:
                 f"step {step}: the sampler's log-probs of its own tokens differ from the trainer's by "
                 f"{self.mean:.3f} nats on average (bound {bound}, largest {self.largest:.2f}): the sampler does not "
                 "have the weights that are being trained, so this step was not applied. "
-                "Try --rollouts.engine transformers; if the difference "
+                "Start another --name with rollouts.engine: transformers (a run keeps its engine); if the difference "
                 "goes away, the engine's weight sync is at fault (its version is not one this project was tested "
-                "with); if it stays, raise --rollouts.parity_bound only after explaining it (other dtype, other "
-                "temperature handling)"
+                "with); if it stays, raise rollouts.parity_bound (and --resume) only after explaining it (other dtype, "
+                "other temperature handling)"
             )
 
 

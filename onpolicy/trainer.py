@@ -17,7 +17,7 @@ from onpolicy.checkpoint import CheckpointStore
 from onpolicy.guards import apply_guards
 from onpolicy.health import StepTokens, health_warnings, rollout_health, token_health
 from onpolicy.metrics import JsonLines, Means, PhaseTimer, Progress, mean_of, peak_rss_gib, rates
-from onpolicy.optimization import NonFiniteError, Optimization, schedule_scale
+from onpolicy.optimization import LOWER_THE_RATE, NonFiniteError, Optimization, schedule_scale
 from onpolicy.parity import ParityMeter, processed_as_sampled
 from onpolicy.processes import Processes
 from onpolicy.seeds import derive
@@ -167,7 +167,7 @@ class Trainer:
             self.optimization.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteError(
                 f"{where}: the loss is {total}; the update was not applied and the last checkpoint is intact. "
-                "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume"
+                f"{LOWER_THE_RATE}"
             )
         figures = {"loss": total, "learning_rate": learning_rate}
         if parity is not None:

@@ -101,8 +101,8 @@ def test_resuming_with_other_settings_names_them(settings, tmp_path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(json.dumps(plain(config)))
     assert prepare(config, resume=True)
-    other, _ = parse(as_options({**settings, "optim.learning_rate": 0.5, "checkpoint.every": 7}))
-    with pytest.raises(ValueError, match="optim.learning_rate: 0.001 then, 0.5 now") as error:
+    other, _ = parse(as_options({**settings, "optim.weight_decay": 0.5, "checkpoint.every": 7}))
+    with pytest.raises(ValueError, match="optim.weight_decay: 0.0 then, 0.5 now") as error:
         prepare(other, resume=True)
     assert "checkpoint" not in str(error.value)
 

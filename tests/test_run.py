@@ -16,8 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 
-from onpolicy.parity import ParityError
+from onpolicy.config import OptimConfig
+from onpolicy.optimization import NonFiniteError, Optimization
+from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.prepare import prepare
 from onpolicy.run import Run, StoppedRun, execute
 from onpolicy.train import parse
@@ -213,7 +216,9 @@ def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch
         self.policy_version = policy_version
 
     monkeypatch.setattr(TransformersSampler, "sync", forgets)
-    with pytest.raises(StoppedRun, match="does not have the weights.*rollouts.engine transformers"):
+    with pytest.raises(
+        StoppedRun, match="does not have the weights.*another --name with rollouts.engine: transformers"
+    ):
         train(tiny_settings, tmp_path, optim__learning_rate=0.05, steps=6)
 
 
@@ -229,15 +234,30 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_sett
         next(iter(run.student.trainable().values())).data.fill_(float("nan"))
         stage.settings = replace(stage.settings, steps=3)
         stage.sampler.sync = lambda *_: None  # type: ignore[attr-defined]
-        with pytest.raises(Exception, match="not finite|loss is nan|gradient is nan|log-prob nan|NaN"):
+        with pytest.raises(NonFiniteError, match="the loss is nan.*Lower optim.learning_rate") as error:
             run.trainer.run_stage(stage)
         saved, _ = run.trainer.store.load_latest()
     assert saved is not None and all(torch.equal(saved["student"][k], good[k]) for k in good)
+    # What the message says to do works.
+    assert "continue with --resume" in str(error.value)
+    remedy = {"optim.learning_rate": 1e-4, "warm_start.learning_rate": 1e-4, "optim.max_grad_norm": 0.5}
+    again = {**tiny_settings, "warm_start.num_prompts": 0, **remedy}
+    config, resume = parse([*options(again, tmp_path), "--resume"])
+    execute(prepare(config, resume))
+    steps = lines(tmp_path)
+    assert [r["step"] for r in steps] == [1, 2, 3, 4] and max(r["learning_rate"] for r in steps[2:]) <= 1e-4
+
+
+def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimization = Optimization([parameter], OptimConfig(), Accelerator(cpu=True))
+    parameter.grad = torch.tensor([1.0, float("inf"), 0.0])
+    with pytest.raises(NonFiniteError, match="here: the gradient is.*Lower optim.learning_rate.*another --name"):
+        optimization.apply(0.1, "here")
+    assert torch.equal(parameter.detach(), torch.ones(3))
 
 
 def test_parity_error_is_raised_before_the_update() -> None:
-    from onpolicy.parity import ParityMeter
-
     meter = ParityMeter()
     meter.add(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -2.5, float("nan")]))
     assert meter.mean == pytest.approx(0.5) and meter.tokens == 2
