@@ -11,6 +11,7 @@ Why the output is exact, whatever the draft lengths and however a block ends:
 - a block that holds a stop token (or string, or the last allowed token) is cut there. What is kept is a prefix of a
   text distributed as the target's, ended where plain decoding of the same text would end it: stopping is a function of
   the text up to that point, and what was dropped is looked at by nobody;
+- logits that are not finite end the texts that come to them, and no other (:func:`spec.rows.decide`);
 - noise is keyed by the request's seed, output position, round and purpose (:mod:`spec.random`): same seed, same text,
   whatever else is in the batch. With draft length 0 only the TARGET stream is used: plain decoding is this engine
   without drafts. (Two things can still tell batches apart: rounding in the forward pass, where a decision is nearly
@@ -189,29 +190,30 @@ class Engine:
         reading = any(turn.prefill for turn in turns)  # whose seconds would be taken for verification's
         self._proposer.observe(speaking, proposal, verdict.accepted, None if reading else seconds)
         for b, sample in enumerate(speaking):
-            if b in verdict.broken:
-                at = len(sample.context) - 1 + verdict.broken[b]
+            ended = self._commit(sample, b, proposal, verdict)
+            if ended is not None:
+                self._close(sample, ended)
+            elif verdict.tokens[b] is None:
+                at = len(sample.context) - 1
                 self._end(sample, "error", _NOT_FINITE.format(name=self.target.name, at=at))
-            else:
-                self._commit(sample, b, proposal, verdict)
+            elif b in proposal.asked:
+                self._proposer.commit(sample, verdict.accepted[b])
 
-    def _commit(self, sample: Sample, b: int, proposal: Proposal, verdict: Verdict) -> None:
-        """What the verdict says of sequence b of the step."""
-        task, accepted = sample.task, verdict.accepted[b]
-        tokens = [*proposal.of(b, accepted), verdict.tokens[b]]
+    def _commit(self, sample: Sample, b: int, proposal: Proposal, verdict: Verdict) -> FinishReason | None:
+        """Takes what the verdict says of sequence b of the step. Returns why the text ends with it, if it does."""
+        task, accepted, own = sample.task, verdict.accepted[b], verdict.tokens[b]
+        tokens = proposal.of(b, accepted) if own is None else [*proposal.of(b, accepted), own]
+        if not tokens:
+            return None
         values = None
         if task.request.logprobs is not None:
             values = logprobs(verdict, b, tokens, task.request.logprobs, sample.context.params, self._logprobs)
-        events = sample.commit(tokens, proposal.lengths[b], values)
+        events = sample.commit(tokens, accepted, proposal.lengths[b], values)
         if task.result.seconds_to_first_token is None:
             task.result.seconds_to_first_token = task.seconds()
         if task.on_token is not None:
             self._calls.extend(partial(task.on_token, event) for event in events)
-        reason = events[-1].finish_reason
-        if reason is not None:
-            self._close(sample, reason)
-        elif b in proposal.asked:
-            self._proposer.commit(sample, accepted)
+        return events[-1].finish_reason
 
     def _end(self, sample: Sample, reason: FinishReason, error: str | None = None) -> None:
         """Ends a sample for a reason that is not in its text."""

@@ -66,8 +66,7 @@ class Verdict:
     """What a forward pass of the target came to for B sequences."""
 
     accepted: list[int]  # [B] drafted tokens that stand
-    tokens: list[int]  # [B] the target's own token after them
-    broken: dict[int, int]  # sequence -> offset in its rows of the first one that is not finite
+    tokens: list[int | None]  # [B] the target's own token after them; None where its row there is not finite
     logits: Tensor  # [N, V] as the model returned them
     scores: Tensor  # [N, V] after mask, bias and penalties
     first_rows: list[int]  # [B]
@@ -78,6 +77,10 @@ def decide(logits: Tensor, contexts: Sequence[Context], drafts: Drafts, drafted:
 
     Noise is keyed by seed, output position, round and purpose (:mod:`spec.random`), so no sequence sees the others.
     Where every request is greedy the argmax ids decide alone and no probability is computed.
+
+    A broken row is decided on as if it were uniform: exact for a target that is uniform there, and otherwise ours.
+    Texts of the two have one law up to the first broken row that they come to, and there ours stop. One behind a token
+    that is not kept, which plain decoding would not have seen, changes nothing.
     """
     lengths = drafts.host_lengths.tolist()
     first_rows = (drafts.token_starts + range(len(lengths))).tolist()
@@ -92,8 +95,12 @@ def decide(logits: Tensor, contexts: Sequence[Context], drafts: Drafts, drafted:
         )  # fmt: skip
         verdicts = verify(scores.probs(), drafts, noise.accept, noise.last, mode=mode)
         accepted, tokens = verdicts.accepted, verdicts.tokens
-    broken = _broken_sequences(scores.broken, first_rows)
-    return Verdict(accepted.tolist(), tokens.tolist(), broken, logits, scores.values, first_rows)
+    kept: list[int] = accepted.tolist()
+    own: list[int | None] = tokens.tolist()
+    for b, offset in _first_broken(scores.broken, first_rows).items():
+        if offset <= kept[b]:
+            kept[b], own[b] = offset, None
+    return Verdict(kept, own, logits, scores.values, first_rows)
 
 
 def logprobs(
@@ -135,7 +142,8 @@ def _histories(
     return prompts, outputs
 
 
-def _broken_sequences(rows: list[int], first_rows: list[int]) -> dict[int, int]:
+def _first_broken(rows: list[int], first_rows: list[int]) -> dict[int, int]:
+    """Sequence -> offset in its rows of the first broken one."""
     broken: dict[int, int] = {}
     for row in rows:
         b = max(i for i, first in enumerate(first_rows) if first <= row)

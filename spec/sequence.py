@@ -61,21 +61,23 @@ class Sample:
         """A block of K drafts commits up to K + 1 tokens; more would pass max_tokens or the context."""
         return self.context.capacity - len(self.context) - 1
 
-    def commit(self, tokens: list[int], drafted: int, logprobs: list[TokenLogprob] | None) -> list[Event]:
-        """Takes a verified block, as far as the text goes: of ``drafted`` tokens all but the last of ``tokens`` stood.
+    def commit(
+        self, tokens: list[int], accepted: int, drafted: int, logprobs: list[TokenLogprob] | None
+    ) -> list[Event]:
+        """Takes a verified block, as far as the text goes: of ``drafted`` tokens the first ``accepted`` stood.
 
-        Returns one event a token taken; a finish reason in the last one says that the text ends there.
+        ``tokens`` are these and, unless its logits were not finite, the target's own. Returns one event a token taken;
+        a finish reason in the last one says that the text ends there.
         """
-        own = len(tokens) - 1
         events: list[Event] = []
         for i, token in enumerate(tokens):
-            events.append(self._extend(token, i < own, logprobs[i] if logprobs else None))
+            events.append(self._extend(token, i < accepted, logprobs[i] if logprobs else None))
             if events[-1].finish_reason is not None:
                 break
         self.context.round += 1
         self.completion.target_steps += 1
-        cut = len(events) <= own  # it ended within the drafts: the rest of them is counted nowhere
-        self._count(len(events) if cut else drafted, min(len(events), own))
+        cut = len(events) <= accepted  # it ended within the drafts: the rest of them is counted nowhere
+        self._count(len(events) if cut else drafted, min(len(events), accepted))
         self.cached = len(self.context) - 1  # roll back: rejected tokens will be written over
         return events
 

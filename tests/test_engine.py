@@ -90,6 +90,57 @@ def test_the_joint_law_is_the_targets(policy: str, params: Params, mode: Mode, m
     assert max(abs(law[text] - exact[text]) for text in exact) < 1e-12
 
 
+BROKEN = {(1,): np.nan, (2, 1): np.inf, (2, 2, 1): np.nan, (1, 2, 0): np.nan}  # the last is never come to
+ENDED = 3  # stands for the end by an error in the laws below
+
+
+@pytest.mark.parametrize("mode", ("token", "block"))
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+def test_logits_that_are_not_finite_end_the_texts_that_come_to_them_alone(
+    temperature: float, mode: Mode, monkeypatch
+) -> None:
+    """Rows behind a rejected draft included: text and error together have the law of drawing one by one."""
+    sound, draft, params = random_logits(3, 1), random_logits(3, 2), Params(temperature=temperature)
+
+    def logits(text: Text) -> np.ndarray:
+        value = BROKEN.get(text[len(PROMPT) :])
+        return sound(text) if value is None else np.where(np.arange(3) == 0, value, sound(text))
+
+    def program() -> Text:
+        model = TableModel(logits, 3)
+        engine = Engine(model, ModelDrafter(TableModel(draft, 3), model), draft_length=3, mode=mode)
+        completion = engine.generate([Request(PROMPT, params, max_tokens=4, stop_token_ids=(0,))])[0].completions[0]
+        if completion.error is None:
+            return tuple(completion.token_ids)
+        assert f"position {len(PROMPT) + len(completion.token_ids) - 1} of the sequence" in completion.error
+        return (*completion.token_ids, ENDED)
+
+    def next_token(text: Text) -> np.ndarray:
+        if text in BROKEN:
+            return np.array([0.0, 0.0, 0.0, 1.0])
+        return np.append(processed(sound(PROMPT + text), params, PROMPT, text), 0.0)
+
+    law = Branches(monkeypatch).law(program)
+    exact = {text: p for text, p in text_law(next_token, 4, frozenset({0, ENDED})).items() if p}
+    assert law.keys() == exact.keys() and {(1, ENDED), (2, 1, ENDED), (2, 2, 1, ENDED)} < law.keys()
+    assert max(abs(law[text] - exact[text]) for text in exact) < 1e-12
+
+
+@pytest.mark.parametrize(("stop", "reason"), (((7,), "stop"), ((), "error")))
+def test_a_text_that_ends_before_logits_that_are_not_finite_has_no_error(stop, reason) -> None:
+    """The stop is in the block that came to them; without it the text up to them is kept, log-probs and all."""
+    script = scripted([5, 6, 7, 8, 9], 10, 2)
+    model = TableModel(lambda text: script(text) * (np.nan if len(text) >= 5 else 1.0), 10)
+    engine = Engine(model, ModelDrafter(TableModel(script, 10), model), draft_length=4)
+    request = Request([1, 2], Params(temperature=0), stop_token_ids=stop, logprobs=0)
+    events, result = stream(engine, request)
+    completion = result.completions[0]
+    assert completion.token_ids == [5, 6, 7] and completion.finish_reason == events[-1].finish_reason == reason
+    assert completion.from_draft == [True] * 3 and completion.drafted == completion.accepted == [1, 1, 1]
+    assert [entry.token_id for entry in completion.logprobs or ()] == completion.token_ids
+    assert not model.held
+
+
 @pytest.mark.parametrize("mode", ("token", "block"))
 def test_drawn_text_has_the_targets_law(mode: Mode) -> None:
     """The same with the engine's own random streams: 6,000 seeds, chi-square over all 27 texts of three tokens."""
