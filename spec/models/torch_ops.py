@@ -28,7 +28,7 @@ class _Begun:
     places: Tensor  # [T] in the pool
     padded: Tensor  # [B, n] row of the step at each place of a rectangle; padding repeats a row
     where: Tensor  # [T] places of the rows in the rectangle, flat
-    seen: Tensor  # [B, S] places in the pool; padding points anywhere
+    seen: Tensor  # [B, S] places in the pool; padding points to the sequence's first
     mask: Tensor  # [B, 1, n, S] bool, True where a row looks
 
 
@@ -51,8 +51,9 @@ class TorchOps:
         padded = first_rows[:, None] + np.minimum(np.arange(longest), lengths[:, None] - 1)
         who = np.repeat(np.arange(len(lengths)), lengths)
         where = who * longest + (np.arange(len(who)) - first_rows[who])
-        places = np.array([span.start for span in plan.spans])[:, None] + np.arange(int(ends.max()))
-        seen = np.minimum(places, np.array([span.start + span.length - 1 for span in plan.spans])[:, None])
+        # Never beyond a sequence's end: what was left there may be NaN, which a mask does not keep out.
+        within = np.where(np.arange(ends.max()) < ends[:, None], np.arange(ends.max()), 0)
+        seen = np.array([span.start for span in plan.spans])[:, None] + within
         positions = torch.from_numpy(plan.positions).to(self._device)
         rows = torch.from_numpy(padded).to(self._device)
         looks = torch.arange(seen.shape[1], device=self._device) <= positions[rows][..., None]
