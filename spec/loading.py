@@ -50,10 +50,21 @@ def check_names(target: str, draft: str | None) -> None:
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """From a directory without a look at any hub, or from a hub id."""
+    """From a directory without a look at any hub, or from a hub id. No remote code is run.
+
+    Raises ValueError for one that is not there or damaged.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir())
+    try:
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir(), trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in transformers and tokenizers
+        raise ValueError(
+            f"cannot load the tokenizer of '{name}' ({type(error).__name__}: {error}): its tokenizer files are missing "
+            "or damaged; copy or save them again"
+        ) from error
 
 
 def open_target(name: str, options: ModelOptions, quantization: Quantization = "none") -> LanguageModel:

@@ -67,11 +67,31 @@ def _from_pretrained(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     if not local and (Path(name).is_absolute() or str(name).startswith(".") or str(name).count("/") != 1):
         raise ValueError(f"no such model directory '{name}': give a directory, or a hub id of the form owner/name")
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, local_files_only=local, use_safetensors=True, trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name,
+            dtype=dtype,
+            local_files_only=local,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except OSError as error:
         raise ValueError(f"cannot load the model '{name}': {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in transformers and safetensors
+        raise ValueError(
+            f"cannot load the model '{name}' ({type(error).__name__}: {error}): its configuration or weights are "
+            "damaged, or do not belong together; copy or save it again"
+        ) from error
+    missing = sorted(info["missing_keys"])  # which transformers has filled with random numbers; tied ones are not here
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"the model '{name}' lacks the weight {missing[0]}{more}: its safetensors files are incomplete, or its "
+            "config.json is another model's; copy or save it again"
+        )
+    return model
 
 
 @torch.inference_mode()
