@@ -1,11 +1,14 @@
 """What explains a verdict but does not decide it: classical scores, histograms, and where a fault shows.
 
-Scores are near N(0, 1) under H0 for many tokens; they are read once, at the end.
+Scores are near N(0, 1) under H0 for many tokens; they are read once, at the end. Everything is kept as sums and counts,
+so that an audit of live traffic can go on for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,68 +17,121 @@ from spec.audit.scoring import Scored
 from spec.params import Params
 
 BINS = 32
+_PAIR_BINS = 8
+_GROUPS = 64  # settings told apart; live traffic may bring any number
+_OTHER = "other settings"
+_LARGE = 20  # tokens: smaller groups are not pointed at
 _OFF = Params()
 
 
-def standard_tests(batches: Sequence[Scored]) -> dict[str, float]:
-    """``pit``, ``pit along the draft``: chi-square over 32 cells; ``pairs``: of successive PITs, 8 by 8 cells;
-    ``surprise``: sum of -log p(x) - H(p) over its standard deviation. All as standard normal scores.
-    """
-    if not batches or not sum(len(b.pit) for b in batches):
-        return {}
-    pit, draft = (np.concatenate([getattr(b, name) for b in batches]) for name in ("pit", "draft_pit"))
-    pairs = np.concatenate([_pairs(b) for b in batches])
-    possible = [~b.impossible for b in batches]
-    excess = sum(float((-b.log_p - b.entropy)[ok].sum()) for b, ok in zip(batches, possible, strict=True))
-    variance = sum(float(b.spread[ok].sum()) for b, ok in zip(batches, possible, strict=True))
-    tests = {
-        "pit": chi_square_score(pit[~np.isnan(pit)] * BINS, BINS),
-        "pairs": chi_square_score(pairs, 64),
-        "surprise": excess / max(variance, 1e-12) ** 0.5,
-        "impossible tokens": float(sum((~ok).sum() for ok in possible)),
-    }
-    if not np.isnan(draft).all():
-        tests["pit along the draft"] = chi_square_score(draft[~np.isnan(draft)] * BINS, BINS)
-    return tests
+@dataclass
+class Diagnostics:
+    """Feed it :class:`Scored` batches."""
+
+    pit: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    draft_pit: np.ndarray = field(default_factory=lambda: np.zeros(BINS, dtype=np.int64))
+    pairs: np.ndarray = field(default_factory=lambda: np.zeros(_PAIR_BINS**2, dtype=np.int64))
+    impossible: int = 0
+    _excess: float = 0.0  # sum of -log p(x) - H(p)
+    _variance: float = 0.0
+    _settings: set[str] = field(default_factory=set)
+    # (what groups, its label) -> law -> [tokens, sum of the misfit]; law None: without one
+    _groups: dict[tuple[str, str], dict[str | None, np.ndarray]] = field(default_factory=dict)
+
+    def update(self, scored: Scored, params: Sequence[Params]) -> None:
+        """``params``: of each sample that ``scored.sample`` points to."""
+        if not len(scored.sample):
+            return
+        possible = ~scored.impossible
+        self.pit += _counts(scored.pit * BINS, BINS)
+        self.draft_pit += _counts(scored.draft_pit * BINS, BINS)
+        self.pairs += _counts(_pairs(scored), _PAIR_BINS**2)
+        self.impossible += int((~possible).sum())
+        self._excess += float((-scored.log_p - scored.entropy)[possible].sum())
+        self._variance += float(scored.spread[possible].sum())
+        self._group(scored, params)
+
+    def standard_tests(self) -> dict[str, float]:
+        """``pit``, ``pit along the draft``: chi-square over 32 cells; ``pairs``: of successive PITs, 8 by 8 cells;
+        ``surprise``: sum of -log p(x) - H(p) over its standard deviation. All as standard normal scores.
+        """
+        if not self.pit.sum() + self.impossible:
+            return {}
+        tests = {
+            "pit": chi_square_score(self.pit),
+            "pairs": chi_square_score(self.pairs),
+            "surprise": self._excess / max(self._variance, 1e-12) ** 0.5,
+            "impossible tokens": float(self.impossible),
+        }
+        if self.draft_pit.any():
+            tests["pit along the draft"] = chi_square_score(self.draft_pit)
+        return tests
+
+    def histograms(self) -> dict[str, list[int]]:
+        """Counts over 32 bins; empty where there is no PIT."""
+        found = {"pit": self.pit, "pit along the draft": self.draft_pit}
+        return {name: counts.tolist() if counts.any() else [] for name, counts in found.items()}
+
+    def where(self, law: str | None) -> dict[str, Any]:
+        """The request settings, and the position in the block, in which tokens fit the target least.
+
+        By the mean gain of betting on ``law``; None: by how far the surprise is from what it should be. Groups below
+        20 tokens are left out. KeyError for a law that no batch had.
+        """
+        means: dict[str, dict[str, float]] = defaultdict(dict)
+        for (title, label), laws in self._groups.items():
+            tokens, total = laws[None][0], laws.get(law, np.zeros(2))[1]
+            if tokens >= _LARGE:
+                means[title][label] = total / tokens
+        if not any(law in laws for laws in self._groups.values()):
+            raise KeyError(law)
+        return {title: max(of, key=of.__getitem__) for title, of in means.items() if len(of) > 1}
+
+    def _group(self, scored: Scored, params: Sequence[Params]) -> None:
+        names = {i: self._label(setting(params[i])) for i in np.unique(scored.sample)}
+        settings = np.array([names[i] for i in scored.sample])
+        misfits = dict(_misfits(scored))
+        for title, labels in (("setting", settings), ("position in block", scored.offset)):
+            kinds, index = np.unique(labels, return_inverse=True)
+            counts = np.bincount(index, minlength=len(kinds))
+            for law, misfit in misfits.items():
+                sums = np.bincount(index, weights=misfit, minlength=len(kinds))
+                for kind, count, total in zip(kinds, counts, sums, strict=True):
+                    if title == "setting" or kind >= 0:
+                        group = self._groups.setdefault((title, str(kind)), {})
+                        group[law] = group.get(law, np.zeros(2)) + np.array([count, total])
+
+    def _label(self, name: str) -> str:
+        if len(self._settings) < _GROUPS:
+            self._settings.add(name)
+        return name if name in self._settings else _OTHER
 
 
-def chi_square_score(cells: np.ndarray, count: int) -> float:
-    """Chi-square of equally likely ``cells`` in [0, count) as a standard normal score."""
-    if not len(cells):
+def _misfits(scored: Scored) -> Iterator[tuple[str | None, np.ndarray]]:
+    """(law, [N] log-gain of mixing 10 % of it in); for None the squared deviation of the surprise."""
+    out = scored.impossible
+    excess = np.where(out, 3.0, -scored.log_p - scored.entropy)
+    yield None, excess**2 - np.minimum(scored.spread, 1e3)
+    yield IMPOSSIBLE, out.astype(float)
+    for law, (log_ratio, _) in scored.ratios.items():
+        yield law, np.where(out, 1.0, np.logaddexp(np.log(0.9), np.log(0.1) + log_ratio))
+
+
+IMPOSSIBLE = "tokens the target cannot say"
+
+
+def chi_square_score(found: np.ndarray) -> float:
+    """Chi-square of counts over equally likely cells as a standard normal score."""
+    total = int(found.sum())
+    if not total:
         return 0.0
-    found = np.bincount(cells.astype(int).clip(0, count - 1), minlength=count)
-    statistic = float(((found - len(cells) / count) ** 2).sum() / (len(cells) / count))
-    return wilson_hilferty(statistic, count - 1)
+    due = total / len(found)
+    return wilson_hilferty(float(((found - due) ** 2).sum() / due), len(found) - 1)
 
 
 def wilson_hilferty(statistic: float, freedom: int) -> float:
     """A chi-square statistic as a standard normal score (1931)."""
     return ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
-
-
-def histogram(pit: np.ndarray) -> list[int]:
-    """Counts over 32 bins; empty where there is no PIT."""
-    known = pit[~np.isnan(pit)]
-    return [] if not len(known) else np.bincount((known * BINS).astype(int).clip(0, BINS - 1), minlength=BINS).tolist()
-
-
-def where(batches: Sequence[Scored], params: Sequence[Params], law: str | None) -> dict[str, Any]:
-    """The request settings, and the position in the block, in which tokens fit the target least.
-
-    By the mean gain of betting on ``law`` where it is one, else by the shape of the PIT. Groups below 20 tokens are
-    left out.
-    """
-    score = np.concatenate([_misfit(b, law) for b in batches])
-    offsets = np.concatenate([b.offset for b in batches])
-    names = np.array([setting(p) for p in params])
-    found: dict[str, Any] = {}
-    for title, groups in (("setting", names), ("position in block", offsets)):
-        labels = [label for label in np.unique(groups) if title == "setting" or label >= 0]
-        large = [label for label in labels if (groups == label).sum() >= 20]
-        means = {str(label): float(score[groups == label].mean()) for label in large}
-        if len(means) > 1:
-            found[title] = max(means, key=lambda label: means[label])
-    return found
 
 
 def setting(params: Params) -> str:
@@ -88,17 +144,14 @@ def setting(params: Params) -> str:
     return " ".join(parts) or "defaults"
 
 
-def _misfit(batch: Scored, law: str | None) -> np.ndarray:
-    """[N] log-gain of mixing 10 % of the law in; without one, squared deviation of the surprise."""
-    if law is not None and law in batch.ratios:
-        with np.errstate(over="ignore"):
-            return np.where(batch.impossible, 1.0, np.log(0.9 + 0.1 * np.exp(batch.ratios[law][0])))
-    excess = np.where(batch.impossible, 3.0, -batch.log_p - batch.entropy)
-    return excess**2 - np.minimum(batch.spread, 1e3)
+def _counts(cells: np.ndarray, count: int) -> np.ndarray:
+    """[count] of cells in [0, count), NaN left out."""
+    known = cells[~np.isnan(cells)]
+    return np.bincount(known.astype(int).clip(0, count - 1), minlength=count)
 
 
 def _pairs(batch: Scored) -> np.ndarray:
     """Cells of successive PITs within samples."""
     u = batch.pit
     follows = (batch.position[1:] > 0) & ~np.isnan(u[1:]) & ~np.isnan(u[:-1])
-    return (np.floor(8 * u[:-1]) * 8 + np.floor(8 * u[1:]))[follows]
+    return (np.floor(_PAIR_BINS * u[:-1]) * _PAIR_BINS + np.floor(_PAIR_BINS * u[1:]))[follows]

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spec.audit.diagnostics import IMPOSSIBLE
 from spec.audit.scoring import Scored
 
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3, 0.9)  # eps of a mixture with a named law
@@ -63,24 +64,23 @@ class Evidence:
     """Feed it :class:`Scored` batches; families with names of their own, half the weight on named, half on shapes."""
 
     tolerance: float = 0.0  # eta
+    level: float = math.inf  # log e at which the null is given up: log(1/delta)
     tokens: int = 0
     named: dict[str, Capital] = field(default_factory=dict)
     shapes: dict[str, Capital] = field(default_factory=dict)
-    path: list[Look] = field(default_factory=lambda: [Look(0, 0.0)])
+    log_e: float = 0.0  # now
+    highest: float = 0.0  # the largest log e there was: what Ville's inequality speaks of
+    reached: int | None = None  # tokens when log e first was at ``level``
+    _path: list[Look] = field(default_factory=lambda: [Look(0, 0.0)])
+    _stride: int = 1  # looks between two that are kept
+    _looks: int = 0
     _last_sample: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     @property
-    def log_e(self) -> float:
-        return self.path[-1].log_e
-
-    @property
-    def highest(self) -> float:
-        """The largest log e there was: what Ville's inequality speaks of."""
-        return max(look.log_e for look in self.path)
-
-    def first_at(self, level: float) -> int | None:
-        """Tokens when log e first reached ``level``; None if it never did."""
-        return next((look.tokens for look in self.path if look.log_e >= level), None)
+    def path(self) -> list[Look]:
+        """The first look, the newest, and evenly many between: all of them as long as they are few."""
+        newest = Look(self.tokens, self.log_e)
+        return self._path if self._path[-1] == newest else [*self._path, newest]
 
     def update(self, scored: Scored) -> None:
         """Bets on a batch. A law or shape that is new here starts with capital 1: bets may begin at any time."""
@@ -91,10 +91,21 @@ class Evidence:
         streams = dict(_streams(scored, self._last_sample))
         shapes = self._settle(self.shapes, {name: _shape_bets(u, ends) for name, u in streams.items()}, None)
         log_e = np.logaddexp(named, shapes) - math.log(2)
-        self.path += [Look(self.tokens + int(end) + 1, float(e)) for end, e in zip(ends, log_e, strict=True)]
+        for end, e in zip(ends, log_e, strict=True):
+            self._look(Look(self.tokens + int(end) + 1, float(e)))
         self.tokens += len(scored.sample)
         last = scored.sample == scored.sample[-1]
         self._last_sample = scored.pit[last]
+
+    def _look(self, look: Look) -> None:
+        self.log_e, self.highest = look.log_e, max(self.highest, look.log_e)
+        if self.reached is None and look.log_e >= self.level:
+            self.reached = look.tokens
+        self._looks += 1
+        if self._looks % self._stride == 0:
+            self._path.append(look)
+        if len(self._path) > _LOOKS:
+            self._path, self._stride = self._path[::2], 2 * self._stride
 
     def _settle(
         self, families: dict[str, Capital], bets: dict[str, tuple[list[float], np.ndarray]], ends: np.ndarray | None
@@ -119,6 +130,7 @@ class Evidence:
         return np.logaddexp.reduce(stacked, axis=0) - math.log(_FAMILIES)
 
 
+_LOOKS = 1024  # kept of the path
 _FAMILIES = 20  # at most, of named laws and of shapes
 
 
@@ -134,7 +146,7 @@ def _named_bets(scored: Scored, eta: float) -> Iterator[tuple[str, tuple[list[fl
     yield "temperature", ([f for f, _ in temperatures], np.stack([gain for _, gain in temperatures]))
     anything = np.where(out, _UNNAMED, -np.inf)
     everything = [_gains(share, anything, np.ones(len(out)), out, eta) for share in BUMPS]
-    yield "tokens the target cannot say", ([*BUMPS], np.stack(everything))
+    yield IMPOSSIBLE, ([*BUMPS], np.stack(everything))
 
 
 def _gains(share: float, log_ratio: np.ndarray, outside: np.ndarray, out: np.ndarray, eta: float) -> np.ndarray:

@@ -28,6 +28,7 @@ from spec.params import Params
 
 _ELEMENTS = 8_000_000  # of one [n, V] piece: 32 MB in float32, of which some ten are alive at a time
 _MOST_ROWS = 8192
+_REMEMBERED = 2**18  # tokens of requests and answers: some 10 MB
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Scorer:
     draft: Conditionals | None = None
     seed: int = 0  # of the noise v
     _answers: dict[tuple[tuple[int, ...], Params], tuple[int, ...]] = field(default_factory=dict)
+    _remembered: int = 0  # tokens in _answers
     _noise: np.random.Generator = field(init=False)
 
     def __post_init__(self) -> None:
@@ -90,14 +92,23 @@ class Scorer:
     def _twin(self, sample: Sample) -> list[int]:
         """What an earlier answer to the same request said at each position, -1 from where the two part."""
         key = (sample.prompt_ids, replace(sample.params, seed=0, logit_bias=_Frozen(sample.params.logit_bias)))
-        earlier = self._answers.setdefault(key, sample.token_ids)
-        if earlier is sample.token_ids:
+        earlier = self._answers.get(key)
+        if earlier is None:
+            self._remember(key, sample.token_ids)
             return [-1] * len(sample.token_ids)
         same = 0
         while same < min(len(earlier), len(sample.token_ids)) and earlier[same] == sample.token_ids[same]:
             same += 1
         known = list(earlier[: same + 1])  # the first difference is still a prediction
         return (known + [-1] * len(sample.token_ids))[: len(sample.token_ids)]
+
+    def _remember(self, key: tuple[tuple[int, ...], Params], answer: tuple[int, ...]) -> None:
+        """Forgets the oldest: live traffic has no end."""
+        self._answers[key] = answer
+        self._remembered += len(key[0]) + len(answer)
+        while self._remembered > _REMEMBERED and len(self._answers) > 1:
+            oldest = next(iter(self._answers))
+            self._remembered -= len(oldest[0]) + len(self._answers.pop(oldest))
 
     def _pieces(
         self, samples: Sequence[Sample], twins: Sequence[list[int]], most: int

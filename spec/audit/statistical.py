@@ -8,10 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from spec.audit.certificate import Certificate
-from spec.audit.diagnostics import histogram, standard_tests, where
+from spec.audit.diagnostics import Diagnostics
 from spec.audit.evidence import Capital, Evidence
 from spec.audit.sample import EngineUnderAudit, Sample
 from spec.audit.scoring import Scored, Scorer
@@ -109,44 +107,59 @@ def audit(
         watch.update(samples, scorer.score(samples))
         clock["generation"] += middle - begin
         clock["scoring"] += time.perf_counter() - middle
-        left = settings.tokens - watch.evidence.tokens
+        left = settings.tokens - watch.tokens
         size = max(2, min(2 * size, 64 * settings.first_round, math.ceil(left / settings.max_tokens)))
     return watch.verdict(engine.name, clock)
 
 
 class Watch:
-    """The running state of an audit: also of live traffic, sample by sample."""
+    """The running state of an audit, in bounded memory: also of live traffic, for as long as a server runs.
+
+    What it says is valid only for samples that were not picked by what they say: feed live traffic through
+    :class:`spec.audit.live.Arrivals`.
+    """
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.evidence = Evidence(settings.tolerance)
+        self.evidence = Evidence(settings.tolerance, level=-math.log(settings.delta))
         self.certificate = Certificate(settings.delta)
-        self._scored: list[Scored] = []
-        self._settings: list[Params] = []  # of each token
+        self.diagnostics = Diagnostics()
 
     def update(self, samples: Sequence[Sample], scored: Scored) -> None:
+        """``scored``: of these samples, in this order, by one :class:`Scorer` for the whole audit."""
         self.evidence.update(scored)
         self.certificate.update(scored)
-        self._scored.append(scored)
-        self._settings += [replace(samples[i].params, seed=0) for i in scored.sample]
+        self.diagnostics.update(scored, [sample.params for sample in samples])
+
+    @property
+    def tokens(self) -> int:
+        """Audited so far."""
+        return self.evidence.tokens
+
+    @property
+    def log10_e(self) -> float:
+        """The evidence now; different from ``log10(1 / delta)``, wherever its maximum was."""
+        return self.evidence.log_e / math.log(10)
+
+    @property
+    def epsilon(self) -> float:
+        """The bound on the mean shift of mass so far, see :mod:`spec.audit.certificate`; 1 before any token."""
+        return self.certificate.epsilon
 
     @property
     def answer(self) -> Answer | None:
-        """None while more tokens may tell."""
-        settings, level = self.settings, -math.log(self.settings.delta)
-        spent = self.evidence.tokens >= settings.tokens
-        shown = self.evidence.first_at(level)
+        """None while more tokens may tell. Once "different" it stays so; "equivalent" speaks of the tokens so far."""
+        settings, shown = self.settings, self.evidence.reached
+        spent = self.tokens >= settings.tokens
         if shown is not None:  # a little further, to name the fault
-            named = self.evidence.tokens >= max(_TO_NAME, 4 * shown)
+            named = self.tokens >= max(_TO_NAME, 4 * shown)
             return "different" if spent or (settings.stop_early and named) else None
-        if self.certificate.epsilon <= settings.epsilon and (settings.stop_early or spent):
+        if self.epsilon <= settings.epsilon and (settings.stop_early or spent):
             return "equivalent"
         return "undecided" if spent else None
 
     def verdict(self, engine: str, seconds: dict[str, float]) -> Verdict:
         answer = self.answer or "undecided"
-        pit = np.concatenate([s.pit for s in self._scored]) if self._scored else np.zeros(0)
-        draft_pit = np.concatenate([s.draft_pit for s in self._scored]) if self._scored else np.zeros(0)
         fault = self._fault() if answer == "different" else None
         families = {
             kind: {name: {"log10_e": c.log_mean / math.log(10), "best": c.best} for name, c in found.items()}
@@ -157,19 +170,19 @@ class Watch:
             engine=engine,
             mode="statistical",
             delta=self.settings.delta,
-            tokens=self.evidence.tokens,
-            epsilon=self.certificate.epsilon,
+            tokens=self.tokens,
+            epsilon=self.epsilon,
             wanted_epsilon=self.settings.epsilon,
             fault=fault,
             tests={
                 "log10_e": self.evidence.highest / math.log(10),
-                "decided_at": self.evidence.first_at(-math.log(self.settings.delta)) or self.evidence.tokens,
+                "decided_at": self.evidence.reached or self.tokens,
                 "bets": families,
                 "directions": self.certificate.table(),
-                "standard": standard_tests(self._scored),
+                "standard": self.diagnostics.standard_tests(),
             },
             path=[(look.tokens, look.log_e / math.log(10)) for look in self.evidence.path],
-            histograms={"pit": histogram(pit), "pit along the draft": histogram(draft_pit)},
+            histograms=self.diagnostics.histograms(),
             seconds=seconds,
         )
 
@@ -178,8 +191,9 @@ class Watch:
         name, best = max(self.evidence.named.items(), key=lambda item: item[1].log_mean)
         shape, bump = max(self.evidence.shapes.items(), key=lambda item: item[1].log_mean)
         if bump.log_mean > best.log_mean + 5:
-            return Fault("unnamed", {"seen in": shape}, where(self._scored, self._settings, None))
-        return Fault(name, _parameters(name, best), where(self._scored, self._settings, name))
+            return Fault("unnamed", {"seen in": shape}, self.diagnostics.where(None))
+        law = f"temperature x{best.best:g}" if name == "temperature" else name
+        return Fault(name, _parameters(name, best), self.diagnostics.where(law))
 
 
 def _parameters(name: str, capital: Capital) -> dict[str, float]:
