@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from onpolicy.config import TrainConfig
-from onpolicy.health_config import check_health
 from onpolicy.models import check_model_exists, loading_options
 from onpolicy.student import check_layers, evenly_spaced
 from onpolicy.teachers.convert import resolve_model
@@ -25,48 +26,20 @@ _FREE = (
 )  # fmt: skip
 
 
-def check_settings(config: TrainConfig) -> None:
-    """Values and combinations that cannot work, without touching a file."""
-    from onpolicy.losses import names
-
-    positive = [
-        "prompts_per_step", "sampling.max_tokens", "sampling.samples_per_prompt", "batching.token_budget",
-        "optim.updates_per_step", "optim.learning_rate", "checkpoint.every", "checkpoint.keep", "rollouts.max_num_seqs",
-        "rollouts.parity_bound", "warm_start.epochs", "warm_start.samples_per_prompt", "warm_start.rollouts_per_step",
-        "warm_start.learning_rate", "evaluation.max_tokens", "teacher.weight",
-    ]  # fmt: skip
-    for name in positive:
-        value = attrgetter(name)(config)
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-    for name in ("steps", "warm_start.num_prompts", "evaluation.num_prompts", "student.lora.rank"):
-        value = attrgetter(name)(config)
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
-    if config.steps == 0 and config.warm_start.num_prompts == 0:
-        raise ValueError("steps: 0 and warm_start.num_prompts: 0 leave nothing to do; set one of them")
-    for option, divergence in (("gkd", config.gkd.divergence), ("warm_start", config.warm_start.divergence)):
-        if divergence not in names():
-            raise ValueError(f"{option}.divergence: '{divergence}' is not known; choose one of {', '.join(names())}")
-    if not 0 <= config.gkd.beta <= 1 or not 0 <= config.gkd.lmbda <= 1:
-        raise ValueError(f"gkd.beta and gkd.lmbda must be in [0, 1], got {config.gkd.beta} and {config.gkd.lmbda}")
-    for index, teacher in enumerate(config.other_teachers):
-        if teacher.weight <= 0:
-            raise ValueError(f"other_teachers[{index}].weight must be positive, got {teacher.weight}; or remove it")
-    check_health(config.health, config.sampling.max_tokens)
-    if config.evaluation.num_prompts > config.prompts.heldout_size:
-        raise ValueError(
-            f"evaluation.num_prompts is {config.evaluation.num_prompts} but only prompts.heldout_size="
-            f"{config.prompts.heldout_size} prompts are held out; lower the first or raise the second"
-        )
-
-
 def check_directory(directory: Path, resume: bool) -> None:
     """Refuse a directory that already holds a run, unless it is to be continued."""
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"'{directory}' is a file; choose another --name or --output_dir")
+    existing = existing_parent(directory)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(f"'{directory}' cannot be written: '{existing}' takes no files; choose another --output_dir")
     if not resume and directory.is_dir() and any(directory.iterdir()):
         raise ValueError(f"'{directory}' already holds a run: continue it with --resume, or choose another --name")
+
+
+def existing_parent(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that there is."""
+    return next(parent for parent in [path, *path.resolve().parents] if parent.exists())
 
 
 def check_models(config: TrainConfig) -> tuple[PretrainedConfig, PretrainedConfig | None]:
@@ -80,6 +53,21 @@ def check_models(config: TrainConfig) -> tuple[PretrainedConfig, PretrainedConfi
     else:
         evenly_spaced(config.student.num_layers, of)
     return teacher, None
+
+
+def check_adapter(targets: list[str] | None, adapted: PretrainedConfig) -> None:
+    """Every name in ``student.lora.target_modules`` is that of a module of the model; nothing is loaded."""
+    from transformers import AutoModelForCausalLM
+
+    if not targets:
+        return
+    with torch.device("meta"):
+        modules = {name for name, _ in AutoModelForCausalLM.from_config(adapted).named_modules()}
+    last = {name.rpartition(".")[2] for name in modules}
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            known = ", ".join(sorted(name for name in last if name and not name.isdigit()))
+            raise ValueError(f"student.lora.target_modules: no module is called '{target}'; its modules: {known}")
 
 
 def panel_models(config: TrainConfig) -> dict[str, str]:
@@ -209,7 +197,7 @@ def check_answers(config: TrainConfig, prompts: list[Prompt]) -> None:
 
 def check_disk(directory: Path, needed: int) -> None:
     """Room for the run's checkpoints, bytes."""
-    existing = next(parent for parent in [directory, *directory.resolve().parents] if parent.exists())
+    existing = existing_parent(directory)
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ValueError(

@@ -6,6 +6,7 @@ its decoder (tokens -> hidden states after the final norm) and its head (hidden 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,17 +34,47 @@ def check_model_exists(name: str, option: str) -> None:
     if directory.is_dir():
         if not (directory / "config.json").exists():
             raise ValueError(f"{option}: '{directory}' holds no config.json; give a Hugging Face checkpoint directory")
+        _check_weights(directory, option)
     elif directory.is_absolute() or name.startswith(".") or name.count("/") != 1:
         raise ValueError(
             f"{option}: no such model directory '{name}'; give a directory, or a hub id of the form owner/name"
         )
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def _check_weights(directory: Path, option: str) -> None:
+    """The files of a checkpoint are all there and begin as they should."""
+    from safetensors import SafetensorError, safe_open
+
+    found = {path.name for pattern in ("*.safetensors", "*.bin") for path in directory.glob(pattern)}
+    for index in directory.glob("*.index.json"):
+        if missing := set(json.loads(index.read_text()).get("weight_map", {}).values()) - found:
+            raise ValueError(f"{option}: '{directory}' lacks {', '.join(sorted(missing))}; copy the checkpoint again")
+    if not found:
+        raise ValueError(
+            f"{option}: '{directory}' holds no weights (*.safetensors or *.bin); copy them beside its config.json"
+        )
+    for name in sorted(found):
+        try:
+            if name.endswith(".safetensors"):
+                safe_open(directory / name, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{option}: '{directory / name}' cannot be read ({error}); copy the checkpoint again"
+            ) from error
+
+
+def load_tokenizer(name: str, option: str = "model") -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; ValueError naming the option where there is none."""
     from transformers import AutoTokenizer
 
     path = resolve_model(name)
-    return AutoTokenizer.from_pretrained(path, **loading_options(path))
+    try:
+        return AutoTokenizer.from_pretrained(path, **loading_options(path))
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{option}: cannot load the tokenizer of '{name}' ({why}); copy its tokenizer files beside the weights"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -56,6 +87,9 @@ class Loaded:
 
 def read_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Loaded:
     """A causal LM as it is, in evaluation mode, attention by SDPA. ValueError where there is none to load."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     path = resolve_model(name)
@@ -63,7 +97,7 @@ def read_causal_lm(name: str, dtype: torch.dtype, device: torch.device | str = "
         model, report = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=register(), output_loading_info=True, **loading_options(path)
         )
-    except OSError as error:
+    except (OSError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"cannot load the model '{name}': {error}") from error
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     return Loaded(model.to(device).eval(), sorted({*report["missing_keys"], *mismatched}))

@@ -14,6 +14,7 @@ from onpolicy.config import TrainConfig
 from onpolicy.models import load_tokenizer
 from onpolicy.processes import is_first, launched
 from onpolicy.prompts import check_source, end_of_turn_id, load_prompts
+from onpolicy.setting_checks import check_settings
 from onpolicy.types import Prompt
 from onpolicy.updates import make_update
 
@@ -71,7 +72,7 @@ def survey(config: TrainConfig, resume: bool) -> Survey:
     Raises ValueError or FileNotFoundError for a user's mistake.
     """
     directory = run_directory(config)
-    checks.check_settings(config)
+    check_settings(config)
     make_update(config)
     saved = directory / "config.yaml"
     if resume and saved.exists():
@@ -79,10 +80,12 @@ def survey(config: TrainConfig, resume: bool) -> Survey:
     check_engine(config)
     check_source(config.prompts)
     of_teacher, of_student = checks.check_models(config)
+    if config.student.lora.rank:
+        checks.check_adapter(config.student.lora.target_modules, of_student or of_teacher)
     of_panel = checks.check_panel(config)
-    tokenizer = load_tokenizer(config.teacher.model)
-    own = load_tokenizer(config.student.model) if config.student.model is not None else None
-    panel = {option: load_tokenizer(name) for option, name in checks.panel_models(config).items()}
+    tokenizer = load_tokenizer(config.teacher.model, "teacher.model")
+    own = load_tokenizer(config.student.model, "student.model") if config.student.model is not None else None
+    panel = {option: load_tokenizer(name, option) for option, name in checks.panel_models(config).items()}
     checks.check_panel_tokenizers(tokenizer, panel, {o: c.vocab_size for o, c in of_panel.items()}, config)
     models = [of_teacher, of_student or of_teacher, *of_panel.values()]
     longest = max(config.sampling.max_tokens, config.evaluation.max_tokens)

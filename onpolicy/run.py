@@ -25,6 +25,7 @@ from onpolicy.parity import ParityError
 from onpolicy.prepare import Prepared, engine_name, plain
 from onpolicy.processes import Processes
 from onpolicy.rollouts.files import load_rollouts, save_rollouts
+from onpolicy.setting_checks import ignored_settings
 from onpolicy.stages import Stage, StageSettings
 from onpolicy.stages.on_policy import OnPolicy
 from onpolicy.stages.warm_start import WarmStart
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from onpolicy.rollouts.base import Sampler
 
 
+CONFIG = "config.yaml"
 _PATIENCE = timedelta(hours=12)  # for the first process, while it draws the teacher's samples alone
 
 
@@ -51,15 +53,31 @@ class StoppedRun(Exception):
     """Stopped by a fault that is not the user's, with what to do about it."""
 
 
+class Refused(ValueError):
+    """A user's mistake that only showed when the models were loaded; nothing has been trained."""
+
+
 def execute(prepared: Prepared) -> Path:
-    """Run to the end and return the path of summary.json. Raises Interrupted or StoppedRun with what to do."""
+    """Run to the end and return the path of summary.json. Raises Interrupted, StoppedRun or Refused: what to do."""
     if prepared.summary.exists():  # --resume of a finished run
         return prepared.summary
     with Run(prepared) as run:
         try:
+            _build(run)
             return run.execute()
         except (DiskFullError, NonFiniteError, ParityError) as error:
             raise StoppedRun(str(error)) from error
+
+
+def _build(run: Run) -> None:
+    """The run's parts; where they refuse, a directory that holds nothing yet goes, so that the name stays free."""
+    try:
+        run.build()
+    except ValueError as error:
+        config = run.directory / CONFIG
+        if config.exists() and list(run.directory.iterdir()) == [config]:
+            shutil.rmtree(run.directory)
+        raise Refused(str(error)) from error
 
 
 class Run:
@@ -90,8 +108,8 @@ class Run:
         self.progress.say("stopping after this step; once more to stop at once")
 
     def execute(self) -> Path:
+        """All stages and evaluations of a run that was built; the path of its summary."""
         config = self.config
-        self.build()
         stages = self.stages()
         labels = ["after_warm_start", "end"] if len(stages) == 2 else ["end"]
         self._evaluate("start")
@@ -114,8 +132,10 @@ class Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._meet()
         if self.main:
-            with atomic_file(self.directory / "config.yaml") as file:
+            with atomic_file(self.directory / CONFIG) as file:
                 yaml.safe_dump(plain(config), file, sort_keys=False)
+        for note in ignored_settings(config):
+            self.progress.say(f"note: {note}")
         self._teacher_samples()
         teacher_model = load_causal_lm(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
         self.student = build_student(config.student, teacher_model, self.device)

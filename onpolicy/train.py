@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onpolicy.config import TrainConfig
 
@@ -26,7 +26,8 @@ def make_parser() -> ArgumentParser:
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog="python -m onpolicy.train", description=DESCRIPTION, allow_abbrev=False)
+    usage = "%(prog)s [--config FILE] [--resume] [--SECTION.OPTION VALUE ...]"  # listing them all hides the message
+    parser = ArgumentParser(prog="python -m onpolicy.train", usage=usage, description=DESCRIPTION, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file of settings; see configs/.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in output_dir/name, if there is one.")
     parser.add_class_arguments(TrainConfig, None)
@@ -35,12 +36,20 @@ def make_parser() -> ArgumentParser:
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
     """(configuration, resume). Exits with status 2 and a message on a wrong option."""
-    parser = make_parser()
-    namespace = parser.parse_args(arguments)
-    resume = namespace.pop("resume")
-    namespace.pop("config")
-    fields = vars(parser.instantiate(namespace))
-    return TrainConfig(**fields), resume
+    config, others = configuration(make_parser(), arguments)
+    return config, others["resume"]
+
+
+def configuration(parser: ArgumentParser, arguments: Sequence[str] | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """(configuration, the options beside it). Exits with status 2 and a message on a wrong option or value."""
+    settings = TrainConfig.__dataclass_fields__
+    try:
+        namespace = parser.parse_args(arguments)
+        fields = vars(parser.instantiate(namespace))
+    except ValueError as error:  # of a section's own checks (__post_init__)
+        parser.error(str(error))
+    others = {name: value for name, value in fields.items() if name not in settings}
+    return TrainConfig(**{name: fields[name] for name in settings}), others
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ensure_tuned()
     from onpolicy.prepare import prepare
     from onpolicy.processes import is_first
-    from onpolicy.run import Interrupted, StoppedRun, execute
+    from onpolicy.run import Interrupted, Refused, StoppedRun, execute
 
     try:
         prepared = prepare(config, resume)
@@ -60,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         summary = execute(prepared)
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except Interrupted as error:
         print(error, file=sys.stderr)
         return 1

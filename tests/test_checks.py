@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from onpolicy import models
+from onpolicy.doctor.__main__ import main as doctor
 from onpolicy.prepare import prepare
+from onpolicy.setting_checks import ignored_settings
 from onpolicy.train import main, parse
 from tests.conftest import as_options, make_model, make_tokenizer
 
@@ -71,6 +74,21 @@ def settings(tiny_settings, tmp_path) -> dict:
         ({"other_teachers": '[{"model": "/no/such/model"}]'}, ["other_teachers[0].model", "/no/such/model"]),
         ({"other_teachers": '[{"weight": 0}]'}, ["other_teachers[0].weight must be positive"]),
         ({"teacher__weight": -1}, ["teacher.weight must be positive"]),
+        ({"sampling__temperature": -1}, ["sampling.temperature must be >= 0"]),
+        ({"sampling__top_p": 1.5}, ["sampling.top_p must be in (0, 1]"]),
+        ({"sampling__top_k": -1}, ["sampling.top_k must be >= 0"]),
+        ({"optim__max_grad_norm": 0}, ["optim.max_grad_norm must be positive"]),
+        ({"optim__learning_rate": ".nan"}, ["optim.learning_rate must be positive, got nan"]),
+        ({"optim__warmup_steps": -1}, ["optim.warmup_steps must not be negative"]),
+        ({"optim__final_scale": 1.5}, ["optim.final_scale must be in [0, 1]"]),
+        ({"optim__betas": "[0.9, 1.0]"}, ["optim.betas must be in [0, 1)"]),
+        ({"rollouts__kv_cache_gib": 0}, ["rollouts.kv_cache_gib must be positive"]),
+        ({"logging__trackers": "[tensorbord]"}, ["logging.trackers: 'tensorbord'", "tensorboard"]),
+        (
+            {"student__lora__rank": 4, "student__lora__target_modules": "[q_projj]"},
+            ["student.lora.target_modules", "'q_projj'", "q_proj, "],
+        ),
+        ({"output_dir": "/dev/null/runs"}, ["'/dev/null' takes no files", "--output_dir"]),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
@@ -84,6 +102,72 @@ def test_exit_status_is_2_with_one_message_and_no_traceback(settings, capsys) ->
     assert main(as_options({**settings, "teacher.model": "/no/such/model"})) == 2
     errors = capsys.readouterr().err
     assert "error: teacher.model" in errors and "Traceback" not in errors
+
+
+def test_a_tracker_that_is_not_installed_is_not_passed_over(settings, monkeypatch) -> None:
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", lambda: ["tensorboard"])
+    assert "'wandb' is not installed" in mistake(settings, logging__trackers="[wandb]")
+
+
+@pytest.mark.parametrize("program", [main, doctor])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompts.size=0"], "prompts.size must be at least 1"),
+        (["--prompts.template=plain", "--prompts.chat_template=x"], "remove one of the two"),
+        (["--config=CONFIG"], "prompts.size must be at least 1"),
+        (["--no_such=1"], "no_such"),
+    ],
+)
+def test_what_a_section_refuses_is_a_usage_error(options, said, program, capsys, tmp_path) -> None:
+    (tmp_path / "c.yaml").write_text("prompts:\n  size: 0\n")
+    with pytest.raises(SystemExit) as stopped:
+        program([option.replace("CONFIG", str(tmp_path / "c.yaml")) for option in options])
+    errors = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in errors and "Traceback" not in errors and len(errors.splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda path: (path / "model.safetensors").unlink(), "holds no weights"),
+        (lambda path: (path / "model.safetensors").write_bytes(b"\0" * 50), "model.safetensors' cannot be read"),
+        (lambda path: truncate(path / "model.safetensors"), "model.safetensors' cannot be read"),
+        (
+            lambda path: (path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "part-2.bin"}}'),
+            "lacks part-2.bin",
+        ),
+        (lambda path: (path / "tokenizer.json").unlink(), "cannot load the tokenizer"),
+    ],
+)
+def test_a_checkpoint_that_is_not_whole_is_found_before_anything_is_sampled(
+    settings, tokenizer, tmp_path, spoil, said
+) -> None:
+    spoil(make_model(tmp_path / "broken", tokenizer, layers=2))
+    message = mistake(settings, student__model=str(tmp_path / "broken"))
+    assert said in message and message.startswith("student.model: ")
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def test_a_directory_without_leave_to_write_is_refused(settings, monkeypatch) -> None:
+    monkeypatch.setattr("onpolicy.checks.os.access", lambda path, mode: False)
+    assert "cannot be written" in mistake(settings)
+
+
+def test_settings_without_effect_are_said() -> None:
+    def notes(*options: str) -> list[str]:
+        return ignored_settings(parse(list(options))[0])
+
+    assert notes() == [] and notes("--student.num_layers=6") == []
+    (note,) = notes("--student.model=a/b", "--student.num_layers=6", "--student.layers=[1]")
+    assert "student.num_layers and student.layers" in note
+    assert "freeze_embeddings" in notes("--student.lora.rank=2", "--student.freeze_embeddings=true")[0]
+    assert "rank: 0" in notes("--student.lora.target_modules=[q_proj]")[0]
+    assert notes("--policy_gradient.discount=1")[0].startswith("policy_gradient:")
+    assert notes("--gkd.lmbda=0.5", "--algorithm=policy_gradient")[0].startswith("gkd:")
 
 
 def test_a_directory_that_holds_a_run_is_refused_unless_resumed(settings, tmp_path) -> None:

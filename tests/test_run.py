@@ -23,7 +23,7 @@ from onpolicy.optimization import NonFiniteError, Optimization
 from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.prepare import prepare
 from onpolicy.run import Run, StoppedRun, execute
-from onpolicy.train import parse
+from onpolicy.train import main, parse
 from tests.conftest import as_options
 
 ENVIRONMENT = {**os.environ, "ONPOLICY_NO_TUNE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -246,6 +246,21 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_sett
     execute(prepare(config, resume))
     steps = lines(tmp_path)
     assert [r["step"] for r in steps] == [1, 2, 3, 4] and max(r["learning_rate"] for r in steps[2:]) <= 1e-4
+
+
+def test_what_only_building_refuses_is_a_users_mistake_and_the_name_stays_free(
+    tiny_settings, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setenv("ONPOLICY_NO_TUNE", "1")
+    adapter = {"student__lora__rank": 2, "evaluation__num_prompts": 0, "warm_start__num_prompts": 0}
+    wrong = options(tiny_settings, tmp_path, **adapter, student__lora__target_modules="[norm]")  # no linear layer
+    assert main(wrong) == 2
+    errors = capsys.readouterr().err
+    assert "error: Target module" in errors and "Traceback" not in errors
+    assert not (tmp_path / "run").exists()
+    unused = {"steps": 1, "student__freeze_embeddings": "true"}
+    assert main(options(tiny_settings, tmp_path, **adapter, **unused, student__lora__target_modules="[q_proj]")) == 0
+    assert "note: student.freeze_embeddings" in capsys.readouterr().out
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from onpolicy.config import TrainConfig
 from onpolicy.doctor.findings import show
-from onpolicy.train import make_parser
+from onpolicy.train import configuration, make_parser
 
 DESCRIPTION = """Preflight checks of a run, under a minute: tokenizers and templates, the teacher's weights and scores,
 whether the sampler has the trainer's weights and temperature, memory, time, disk and licence. Takes the options of
@@ -23,10 +23,8 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool, bo
     parser = make_parser()
     parser.prog, parser.description = "python -m onpolicy.doctor", DESCRIPTION
     parser.add_argument("--json", action="store_true", help="Print one JSON object instead of a table.")
-    namespace = parser.parse_args(arguments)
-    resume, as_json = namespace.pop("resume"), namespace.pop("json")
-    namespace.pop("config")
-    return TrainConfig(**vars(parser.instantiate(namespace))), resume, as_json
+    config, others = configuration(parser, arguments)
+    return config, others["resume"], others["json"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from onpolicy.prompts.load import load_examples
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
 from onpolicy.run import Run
 from onpolicy.seeds import derive
+from onpolicy.setting_checks import ignored_settings
 from onpolicy.student import build_student
 from onpolicy.teachers.local import LocalTeacher
 from onpolicy.teachers.panel import Panel, open_panel
@@ -98,6 +99,7 @@ class Examination:
             *(costs.licence(name, f"{option}'s") for option, name in panel_models(config).items()),
             costs.licence(config.student.model, "student's") if config.student.model is not None else None,
             costs.run_directory(prepared.directory, prepared.resume),
+            *(Finding("note", "settings", note) for note in ignored_settings(config)),
         )
         return fatal
 
