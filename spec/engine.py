@@ -122,7 +122,8 @@ class Engine:
                 try:
                     self.add(request, on_done=partial(done, i))
                 except ValueError as error:
-                    failed = [Completion(finish_reason="error", error=str(error)) for _ in range(max(request.n, 1))]
+                    count = max(request.n, 1) if isinstance(request.n, int) else 1
+                    failed = [Completion(finish_reason="error", error=str(error)) for _ in range(count)]
                     done(i, Result(request, failed))
             while len(results) < len(requests):
                 self.step()

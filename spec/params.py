@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from spec.field_types import need_integer, need_number, need_token_ids
+
 if TYPE_CHECKING:
     import torch
 
@@ -20,7 +22,7 @@ GREEDY_BELOW = 1e-5  # temperatures below are greedy: vLLM's _SAMPLING_EPS
 class Params:
     """What shapes one request's distribution. Defaults sample from the model's own.
 
-    Raises ValueError, naming the remedy, for a value outside its range.
+    Raises ValueError, naming the remedy, for a value of another type or outside its range.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -39,6 +41,7 @@ class Params:
             if not holds:
                 raise ValueError(f"{name}={getattr(self, name)!r}: {remedy}")
 
+        self._check_types()
         finite = math.isfinite
         need(
             finite(self.temperature) and self.temperature >= 0,
@@ -60,8 +63,25 @@ class Params:
             "logit_bias",
             "every bias must be finite, or -inf to forbid a token",
         )
-        need(self.allowed_token_ids != (), "allowed_token_ids", "must name at least one token, or be None to allow all")
+        need(
+            self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
+            "allowed_token_ids",
+            "must name at least one token, or be None to allow all",
+        )
         need(-(2**63) <= self.seed < 2**64, "seed", "must fit in 64 bits")
+
+    def _check_types(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            need_number(name, getattr(self, name))
+        for name in ("top_k", "seed"):
+            need_integer(name, getattr(self, name))
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias={self.logit_bias!r}: must be a mapping from token id to bias")
+        for token, bias in self.logit_bias.items():
+            need_integer("logit_bias: token", token)
+            need_number(f"logit_bias of token {token}", bias)
+        if self.allowed_token_ids is not None:
+            need_token_ids("allowed_token_ids", self.allowed_token_ids)
 
     @property
     def greedy(self) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from spec.field_types import need_integer, need_token_ids
 from spec.params import Params
 from spec.random import philox
 
@@ -29,40 +30,58 @@ class Request:
     def check(self, vocabulary: int, max_positions: int, *, has_text: bool = True) -> None:
         """Raises ValueError, naming the remedy, for what a model of ``vocabulary`` and ``max_positions`` cannot do.
 
+        For fields of another type too: one request's mistake must not end a batch.
         ``has_text``: whether the engine has a tokenizer, without which it cannot see stop strings.
         """
-        if not len(self.prompt_ids):
-            raise ValueError("the prompt is empty: give at least one token, for example the beginning-of-text token")
-        if len(self.prompt_ids) >= max_positions:
-            raise ValueError(
-                f"the prompt has {len(self.prompt_ids)} tokens and the model a context of {max_positions}: shorten it "
-                f"to at most {max_positions - 1}, so that one token fits after it"
-            )
-        try:
-            outside = [token for token in self.prompt_ids if not 0 <= operator.index(token) < vocabulary]
-        except TypeError:
-            raise ValueError("the prompt is not a list of token ids: encode it with the target's tokenizer") from None
-        if outside:
-            raise ValueError(
-                f"prompt token {outside[0]} is outside the vocabulary of {vocabulary}: encode the prompt with the "
-                "target's tokenizer"
-            )
+        _check_prompt(self.prompt_ids, vocabulary, max_positions)
         for name, least in (("max_tokens", 1), ("n", 1), ("logprobs", 0), ("draft_length", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
+            if value is None and name in _INSTEAD:
+                continue
+            need_integer(name, value)
+            if value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}{_INSTEAD.get(name, '')}")
         if self.logprobs is not None and self.logprobs > vocabulary:
             raise ValueError(f"logprobs={self.logprobs}: the vocabulary has {vocabulary} tokens")
-        if isinstance(self.stop, str):
-            raise ValueError(f"stop={self.stop!r} is one text: give a tuple of texts, ({self.stop!r},)")
-        if "" in self.stop:
-            raise ValueError("an empty stop string would end every text at once: remove it")
-        if self.stop and not has_text:
-            raise ValueError("stop strings need a tokenizer: give one to Engine(tokenizer=...), or use stop_token_ids")
+        if self.stop_token_ids is not None:
+            need_token_ids("stop_token_ids", self.stop_token_ids)
+        _check_stop(self.stop, has_text)
+        if not isinstance(self.params, Params):
+            raise ValueError(f"params={self.params!r}: give a spec.params.Params, for example Params(temperature=0)")
         self.params.check_vocabulary(vocabulary)
 
 
 _INSTEAD = {"draft_length": "; use 0 for plain decoding", "logprobs": "; use None for no log-probs"}
+
+
+def _check_prompt(ids: Sequence[int], vocabulary: int, max_positions: int) -> None:
+    try:
+        length, outside = len(ids), [token for token in ids if not 0 <= operator.index(token) < vocabulary]
+    except TypeError:
+        raise ValueError("the prompt is not a list of token ids: encode it with the target's tokenizer") from None
+    if not length:
+        raise ValueError("the prompt is empty: give at least one token, for example the beginning-of-text token")
+    if length >= max_positions:
+        raise ValueError(
+            f"the prompt has {length} tokens and the model a context of {max_positions}: shorten it to at most "
+            f"{max_positions - 1}, so that one token fits after it"
+        )
+    if outside:
+        raise ValueError(
+            f"prompt token {outside[0]} is outside the vocabulary of {vocabulary}: encode the prompt with the target's "
+            "tokenizer"
+        )
+
+
+def _check_stop(stop: Sequence[str], has_text: bool) -> None:
+    if isinstance(stop, str):
+        raise ValueError(f"stop={stop!r} is one text: give a tuple of texts, ({stop!r},)")
+    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):
+        raise ValueError(f"stop={stop!r}: give a tuple of texts, () for none")
+    if "" in stop:
+        raise ValueError("an empty stop string would end every text at once: remove it")
+    if stop and not has_text:
+        raise ValueError("stop strings need a tokenizer: give one to Engine(tokenizer=...), or use stop_token_ids")
 
 
 def sample_seed(seed: int, index: int) -> int:

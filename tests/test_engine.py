@@ -494,6 +494,19 @@ BAD = {
     "stop strings need a tokenizer": Request([1], stop=("x",)),
     "give a tuple of texts, ('end',)": Request([1], stop="end"),  # type: ignore[arg-type]
     "not a list of token ids": Request("What is 1 + 1?"),  # type: ignore[arg-type]
+    "the prompt is not a list": Request(None),  # type: ignore[arg-type]
+    "prompt is not a list of": Request([1.5]),  # type: ignore[list-item]
+    "params={'temperature': 0}: give a spec.params.Params": Request([1], {"temperature": 0}),  # type: ignore[arg-type]
+    "max_tokens='3': must be a whole number": Request([1], max_tokens="3"),  # type: ignore[arg-type]
+    "max_tokens=None: must": Request([1], max_tokens=None),  # type: ignore[arg-type]
+    "n='2': must be a whole number": Request([1], n="2"),  # type: ignore[arg-type]
+    "n=None: must be": Request([1], n=None),  # type: ignore[arg-type]
+    "logprobs=True: must be a whole number": Request([1], logprobs=True),
+    "draft_length='auto': must be a whole number": Request([1], draft_length="auto"),  # type: ignore[arg-type]
+    "stop=5: give a tuple of texts": Request([1], stop=5),  # type: ignore[arg-type]
+    "stop=(5,): give a tuple": Request([1], stop=(5,)),  # type: ignore[arg-type]
+    "stop_token_ids=5: must be token ids": Request([1], stop_token_ids=5),  # type: ignore[arg-type]
+    "stop_token_ids: token='a': must be a whole number": Request([1], stop_token_ids=("a",)),  # type: ignore[arg-type]
 }
 
 

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -281,6 +282,27 @@ def test_mistakes_name_their_remedy(arguments: dict, remedy: str) -> None:
     if name in ("temperature", "top_p", "top_k", "min_p") and arguments[name] == arguments[name]:
         with pytest.raises(ValueError, match=remedy):
             processed_logprobs(random_logits(1), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ({"logit_bias": {"3": 1.0}}, "logit_bias: token='3': must be a whole number"),
+        ({"logit_bias": {3: "x"}}, "logit_bias of token 3='x': must be a number"),
+        ({"logit_bias": [3]}, r"logit_bias=\[3\]: must be a mapping from token id to bias"),
+        ({"allowed_token_ids": ("a",)}, "allowed_token_ids: token='a': must be a whole number"),
+        ({"allowed_token_ids": 3}, "allowed_token_ids=3: must be token ids"),
+        ({"allowed_token_ids": []}, "must name at least one token"),
+        ({"temperature": "1"}, "temperature='1': must be a number"),
+        ({"top_p": None}, "top_p=None: must be a number"),
+        ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
+        ({"seed": None}, "seed=None: must be a whole number"),
+    ],
+)
+def test_values_of_another_type_name_their_field(arguments: dict, remedy: str) -> None:
+    with pytest.raises(ValueError, match=remedy):
+        Params(**arguments)
+    Params(temperature=np.float32(0.5), seed=np.int64(3), logit_bias={np.int64(3): 1}, allowed_token_ids=[1])  # type: ignore[arg-type]
 
 
 def test_token_ids_outside_the_vocabulary_and_missing_history() -> None:
