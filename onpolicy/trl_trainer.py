@@ -19,14 +19,12 @@ import torch
 from torch import Tensor, nn
 from trl import DistillationConfig, DistillationTrainer
 
-from onpolicy.losses import chunked, per_token
-from onpolicy.losses._checks import resolve_options
+from onpolicy.losses import chunked
+from onpolicy.losses._checks import checked_options
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedModel
-
-_TRUNCATION = ("top_k", "support")  # options of every divergence, beside its own
 
 
 def _check_trl() -> None:
@@ -157,18 +155,11 @@ def check_plain_head(who: str, model: PreTrainedModel) -> None:
 
 def check_divergence(name: str, options: Mapping[str, Any], args: DistillationConfig) -> dict[str, Any]:
     """The options to compute ``name`` with, TRL's ``beta`` included where it means something. ValueError otherwise."""
-    truncation = {option: options[option] for option in _TRUNCATION if option in options}
-    if "support" in truncation and truncation.get("top_k") is None:
-        raise ValueError("support chooses whose top_k tokens are kept and has no effect without it; set top_k too")
-    own = {option: value for option, value in options.items() if option not in truncation}
-    default_beta = type(args).__dataclass_fields__["beta"].default
+    own, default_beta = dict(options), type(args).__dataclass_fields__["beta"].default
     if name == "jsd":
         if "beta" in own and args.beta not in (default_beta, own["beta"]):
             raise ValueError(f"beta is {own['beta']} in divergence_options and {args.beta} in args; set one of them")
         own = {"beta": args.beta} | own
     elif args.beta != default_beta:
         raise ValueError(f"args.beta={args.beta} has no effect on divergence {name!r}; leave it out, or choose 'jsd'")
-    resolved: dict[str, Any] = resolve_options(name, own, args.temperature) | truncation
-    anything = torch.zeros(1, 4)  # top_k and support are checked where they are used
-    per_token(name, anything, anything, token_ids=torch.zeros(1, dtype=torch.int64), **resolved)
-    return resolved
+    return checked_options(name, own, args.temperature)

@@ -16,6 +16,7 @@ import torch
 from onpolicy.batching import Batch
 from onpolicy.config import GKDConfig, PolicyGradientConfig, TrainConfig
 from onpolicy.losses import chunked, chunked_logprobs, chunked_reduce
+from onpolicy.losses._checks import checked_options
 from onpolicy.losses.estimators import EstimatorOptions, policy_gradient
 from onpolicy.losses.normalise import Normalisation
 from onpolicy.losses.rewards import vocabulary_sums
@@ -61,9 +62,18 @@ def make_update(config: TrainConfig) -> Update:
 
 def _from_gkd_config(config: GKDConfig, temperature: float, normalize: Normalisation) -> Update:
     options = dict(config.options)
+    if "beta" in options:
+        raise ValueError(f"gkd.options has beta: {options['beta']}; set it as gkd.beta, where the run looks for it")
     if config.divergence == "jsd":
         options["beta"] = config.beta
-    return divergence_update(config.divergence, temperature, normalize, options)
+    elif config.beta != GKDConfig().beta:
+        raise ValueError(
+            f"gkd.beta: {config.beta} has no effect on gkd.divergence: {config.divergence}; leave it out, or choose jsd"
+        )
+    try:
+        return divergence_update(config.divergence, temperature, normalize, options)
+    except ValueError as error:
+        raise ValueError(f"gkd.options: {error}") from error
 
 
 def divergence_update(
@@ -73,7 +83,9 @@ def divergence_update(
 
     Of several teachers the weighted mean of the divergences from each: for forward KL the same gradient as from the
     teachers' mixture, for reverse KL as from their normalised geometric mean, and defined for every other one.
+    ValueError for an unknown divergence, option or value.
     """
+    checked = checked_options(name, options or {}, temperature)
 
     def update(
         batch: Batch,
@@ -87,7 +99,7 @@ def divergence_update(
             chunked(
                 name, hidden, head, score.hidden, score.head,
                 token_ids=batch.token_ids, weights=token_weights(batch.sequence_ids, normalize),
-                temperature=temperature, denominator=denominator / share, head_grad=head_grad, **(options or {}),
+                temperature=temperature, denominator=denominator / share, head_grad=head_grad, **checked,
             )
             for share, score in zip(verdict.weights, verdict.teachers, strict=True)
         ]  # fmt: skip

@@ -25,6 +25,9 @@ _OPTIONS: Mapping[str, Mapping[str, _Bounds]] = {
 }
 
 
+_TRUNCATION = ("top_k", "support")  # options of every divergence, beside its own
+
+
 def names() -> tuple[str, ...]:
     """The divergences there are, as ``per_token``, ``divergence`` and ``chunked`` know them."""
     return tuple(_OPTIONS)
@@ -41,11 +44,41 @@ def resolve_options(name: str, options: Mapping[str, Any], temperature: float = 
         raise ValueError(
             f"{name} has no option {', '.join(unknown)}; its options: {', '.join(known) or 'none'} (and top_k, support)"
         )
-    resolved = {option: float(options.get(option, default)) for option, (default, _, _) in known.items()}
+    resolved = {
+        option: _number(name, option, options.get(option, default)) for option, (default, _, _) in known.items()
+    }
     for option, value in resolved.items():
         _, low, high = known[option]
         if not low <= value <= high:
             raise ValueError(f"{name}: {option} must lie in [{low:g}, {high:g}], got {value}")
+    return resolved
+
+
+def _number(name: str, option: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {option} must be a number, got {value!r}") from error
+
+
+def checked_options(name: str, options: Mapping[str, Any], temperature: float = 1.0) -> dict[str, Any]:
+    """All options to call ``chunked`` with, checked before there is anything to compute.
+
+    The divergence's own with defaults filled in, and ``top_k`` and ``support`` as they are. ValueError for an unknown
+    name, option or bad value, and for ``support`` without ``top_k``.
+    """
+    from onpolicy.losses.divergences import per_token
+
+    truncation = {option: options[option] for option in _TRUNCATION if option in options}
+    top_k = truncation.get("top_k")
+    if "support" in truncation and top_k is None:
+        raise ValueError("support chooses whose top_k tokens are kept and has no effect without it; set top_k too")
+    if top_k is not None and (not isinstance(top_k, int) or isinstance(top_k, bool)):
+        raise ValueError(f"top_k must be a whole number of tokens, got {top_k!r}; leave it out for the full vocabulary")
+    own = {option: value for option, value in options.items() if option not in truncation}
+    resolved: dict[str, Any] = resolve_options(name, own, temperature) | truncation
+    anything = torch.zeros(1, 4)  # the values of top_k and support are checked where they are used
+    per_token(name, anything, anything, token_ids=torch.zeros(1, dtype=torch.int64), **resolved)
     return resolved
 
 
