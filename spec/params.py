@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 GREEDY_BELOW = 1e-5  # temperatures below are greedy: vLLM's _SAMPLING_EPS
+LEAST_REPETITION_PENALTY = 0.01  # logits are divided by it: far smaller ones leave float32
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Params:
     top_k: int = 0  # 0 or -1 keeps the whole vocabulary
     top_p: float = 1.0  # in (0, 1]
     min_p: float = 0.0  # in [0, 1]: floor relative to the most probable token
-    repetition_penalty: float = 1.0  # > 0; above 1 discourages tokens of prompt and output
+    repetition_penalty: float = 1.0  # >= 0.01; above 1 discourages tokens of prompt and output
     presence_penalty: float = 0.0  # subtracted once from a token of the output
     frequency_penalty: float = 0.0  # subtracted once per occurrence in the output
     logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added logit
@@ -52,9 +53,9 @@ class Params:
         need(0 < self.top_p <= 1, "top_p", "must be in (0, 1]; use 1 to switch it off, temperature=0 for greedy")
         need(0 <= self.min_p <= 1, "min_p", "must be in [0, 1]; use 0 to switch it off")
         need(
-            finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            finite(self.repetition_penalty) and self.repetition_penalty >= LEAST_REPETITION_PENALTY,
             "repetition_penalty",
-            "must be positive; use 1 to switch it off",
+            f"must be at least {LEAST_REPETITION_PENALTY}; use 1 to switch it off",
         )
         for name in ("presence_penalty", "frequency_penalty"):
             need(finite(getattr(self, name)), name, "must be finite; use 0 to switch it off")
@@ -121,10 +122,11 @@ def row_options(
 
     options: dict[str, Any] = {}
     for name, neutral in _NEUTRAL.items():
-        values = [getattr(row, name) for row in params]
+        values = [_setting(row, name) for row in params]
         if any(value != neutral for value in values):
             shared = all(value == values[0] for value in values)
-            options[name] = values[0] if shared else torch.tensor(values, device=device)
+            dtype = torch.float64 if name == "top_p" else None  # the smallest are 0 in float32, which is no nucleus
+            options[name] = values[0] if shared else torch.tensor(values, dtype=dtype, device=device)
     if any(row.penalised for row in params):
         if prompts is None or outputs is None:
             raise ValueError("penalties need the tokens so far: pass prompts and outputs")
@@ -156,6 +158,12 @@ _NEUTRAL: dict[str, float] = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
 }
+
+
+def _setting(row: Params, name: str) -> float:
+    """A temperature just below the greedy limit need not be below it in float32: 0 is."""
+    value: float = getattr(row, name)
+    return 0.0 if name == "temperature" and row.greedy else value
 
 
 def _padded(histories: Sequence[Sequence[int]], device: torch.device | str) -> torch.Tensor:

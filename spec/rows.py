@@ -16,7 +16,7 @@ from spec.drafters.base import Context
 from spec.params import Params, row_options
 from spec.random import block_uniforms
 from spec.request import TokenLogprob
-from spec.sampling import adjusted_logits, processed_logprobs, processed_probs
+from spec.sampling import adjusted_logits, processed_logprobs, processed_probs, scaled_top
 from spec.verify import Drafts, Mode, verify, verify_greedy
 
 LogprobSource = Literal["raw", "processed"]
@@ -30,7 +30,7 @@ class Scores:
     values: Tensor  # [N, V]; a broken row is all 0, so that the others can go on
     shaping: dict[str, Any]  # temperature, top-k, top-p, min-p where any row has them
     greedy: bool  # every row is
-    broken: list[int]  # rows with NaN, +inf or nothing but -inf
+    broken: list[int]  # rows with NaN, +inf or nothing but -inf, before or after temperature
     empty: list[int]  # those of them with nothing but -inf: a mask left none, or the model itself
 
     def argmax(self) -> Tensor:
@@ -52,7 +52,7 @@ def score(
     options = row_options(params, logits.shape[-1], prompts, outputs, logits.device)
     shaping = {name: options.pop(name) for name in _SHAPING if name in options}
     values = adjusted_logits(logits, **options)
-    top = values.amax(-1)  # shows NaN, +inf and a row of -inf alike
+    top = scaled_top(values, shaping.get("temperature", 1.0))  # shows NaN, +inf and a row of -inf alike
     finite = top.isfinite()
     broken = [] if bool(finite.all()) else (~finite).nonzero().flatten().tolist()
     empty = [row for row in broken if float(top[row]) == -torch.inf]

@@ -101,7 +101,7 @@ def processed_logprobs(
         logits, repetition_penalty, presence_penalty, frequency_penalty, prompt_ids, output_ids, logit_bias, allowed
     )
     if check:
-        check_finite(scores, name=name)
+        check_finite(scores, name=name, temperature=temperature)
     return _shaped(scores, (temperature, top_k, top_p, min_p), backend, log=True)
 
 
@@ -111,7 +111,7 @@ def processed_probs(logits: Tensor, *, name: str = "model", check: bool = True, 
     backend = options.pop("backend", "auto")
     scores = adjusted_logits(logits, **options)
     if check:
-        check_finite(scores, name=name)
+        check_finite(scores, name=name, temperature=temperature)
     return _shaped(scores, (temperature, top_k, top_p, min_p), backend, log=False)
 
 
@@ -155,11 +155,23 @@ def adjusted_logits(
     return scores
 
 
-def check_finite(scores: Tensor, *, name: str = "model", positions: Sequence[int] | None = None) -> None:
-    """Raises :class:`NonFiniteLogits` where a row holds NaN or +inf, or only -inf. One pass: the maximum shows all."""
-    bad = ~scores.amax(-1).isfinite()
+def check_finite(
+    scores: Tensor,
+    *,
+    name: str = "model",
+    positions: Sequence[int] | None = None,
+    temperature: float | Tensor = 1.0,
+) -> None:
+    """Raises :class:`NonFiniteLogits` where a row holds NaN or +inf, or only -inf, before or after ``temperature``."""
+    bad = ~scaled_top(scores, temperature).isfinite()
     if bool(bad.any()):
         raise NonFiniteLogits(name, bad.reshape(-1).nonzero().flatten().tolist(), positions)
+
+
+def scaled_top(scores: Tensor, temperature: float | Tensor) -> Tensor:
+    """[*] each row's largest score after temperature (greedy rows have none): finite only where the law is one."""
+    heat = torch.as_tensor(temperature, dtype=scores.dtype, device=scores.device)
+    return scores.amax(-1) / heat.masked_fill(heat < GREEDY_BELOW, 1.0)
 
 
 def _shaped(scores: Tensor, settings: _Settings, backend: Backend, log: bool) -> Tensor:

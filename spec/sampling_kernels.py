@@ -36,11 +36,13 @@ def kept_floor(
     numbers = not any(isinstance(value, Tensor) for value in (top_k, top_p, min_p))
     if numbers and top_k <= 0 and top_p >= 1 and min_p <= 0:
         return None
-    k, p, m = (torch.as_tensor(value, device=scaled.device) for value in (top_k, top_p, min_p))
+    k = torch.as_tensor(top_k, device=scaled.device)
+    # The smallest shares are 0 in float32, and a nucleus of 0 would be the whole vocabulary.
+    p, m = (torch.as_tensor(value, dtype=torch.float64, device=scaled.device) for value in (top_p, min_p))
     rows, vocabulary = scaled.shape[:-1], scaled.shape[-1]
     flat = scaled.reshape(-1, vocabulary)
     keep_k = torch.where((k <= 0) | (k > vocabulary), vocabulary, k).long().expand(rows).reshape(-1)
-    keep_p, keep_m = (value.double().expand(rows).reshape(-1) for value in (p, m))
+    keep_p, keep_m = (value.expand(rows).reshape(-1) for value in (p, m))
     weights = (flat - flat.amax(-1, keepdim=True)).exp_()  # relative to the most probable token
     if backend == "numba" or (backend == "auto" and scaled.device.type == "cpu"):
         floor = torch.empty(len(flat), dtype=scaled.dtype)

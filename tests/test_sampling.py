@@ -23,6 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from spec.params import GREEDY_BELOW
+from spec.rows import score
 from spec.sampling import NonFiniteLogits, Params, processed_logprobs, processed_probs, row_options
 from spec.sampling_kernels import Backend, kept_floor
 
@@ -248,6 +250,33 @@ def test_search_without_sorting_finds_the_same_floor(
             assert float(above) == pytest.approx(top_p, abs=1e-12)
 
 
+@pytest.mark.parametrize("backend", ("torch", "numba"))
+@pytest.mark.parametrize("shared", (True, False), ids=("one setting", "a setting a row"))
+def test_the_smallest_legal_settings_are_not_none(shared: bool, backend: Backend) -> None:
+    """Shares that float32 rounds to 0 keep the most probable token alone, not everything."""
+    params = [Params(top_p=7e-46), Params(top_p=7e-46 if shared else 0.5)]
+    logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 3.0]])
+    probs = processed_probs(logits, backend=backend, **row_options(params, 3))
+    assert probs.tolist() == [[0, 1, 0], [0, 0, 1]]
+
+
+def test_a_temperature_that_takes_scores_out_of_range_is_an_error_and_no_law() -> None:
+    logits = torch.tensor([[0.0, 2e37, 1.0], [1.0, 2.0, 3.0]])
+    for temperature in (0.01, torch.tensor([0.01, 1.0])):
+        with pytest.raises(NonFiniteLogits, match="row 0"):
+            processed_probs(logits, temperature=temperature)
+    assert score(logits, [Params(temperature=0.01), Params()]).broken == [0]
+    assert score(logits, [Params(temperature=0.0), Params()]).broken == []
+
+
+def test_greedy_is_one_rule_in_any_batch() -> None:
+    """A temperature that float32 rounds up to the limit: alone or beside another, the lowest id of a tie."""
+    just_below = Params(temperature=math.nextafter(GREEDY_BELOW, 0))
+    for params in ([just_below], [just_below, Params()]):
+        probs = processed_probs(torch.zeros(len(params), 4), **row_options(params, 4))
+        assert probs[0].tolist() == [1, 0, 0, 0]
+
+
 def test_non_finite_logits_name_model_and_row() -> None:
     logits = random_logits(5)
     logits[1, 3], logits[3, 0], logits[4] = math.nan, INF, -INF
@@ -269,7 +298,8 @@ def test_non_finite_logits_name_model_and_row() -> None:
         ({"top_p": 1.1}, "use 1 to switch it off"),
         ({"top_k": -2}, "0 to keep the whole"),
         ({"min_p": 1.5}, "use 0 to switch it off"),
-        ({"repetition_penalty": 0.0}, "use 1 to switch it off"),
+        ({"repetition_penalty": 0.0}, "at least 0.01; use 1 to switch it off"),
+        ({"repetition_penalty": 1e-39}, "at least 0.01; use 1 to switch it off"),
         ({"presence_penalty": math.inf}, "must be finite"),
         ({"logit_bias": {3: math.nan}}, "-inf to forbid"),
         ({"allowed_token_ids": ()}, "None to allow all"),

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from spec.params import LEAST_REPETITION_PENALTY
+
 _WITHOUT_EFFECT = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 )
@@ -70,7 +72,7 @@ class Sampling(Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION_PENALTY, le=100)
     logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], float] | None = None
     allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
     stop: Text | list[Text] | None = None
