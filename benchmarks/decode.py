@@ -161,7 +161,7 @@ def wheel_gguf() -> str | None:
 
 def environment(threads: int | None) -> dict[str, str]:
     """What every measured process gets, of whatever side."""
-    from onpolicy.runtime import physical_cores, quota
+    from spec.runtime import physical_cores, quota
 
     cores = physical_cores(os.sched_getaffinity(0))[: threads or quota()]
     return tuned_cpu_env(len(cores)) | {

@@ -55,7 +55,7 @@ def configuration(parser: ArgumentParser, arguments: Sequence[str] | None) -> tu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     config, resume = parse(arguments)
-    from onpolicy.runtime import ensure_tuned
+    from spec.runtime import ensure_tuned
 
     ensure_tuned()
     from onpolicy.prepare import prepare

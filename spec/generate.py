@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from spec import loading
+from spec.runtime import ensure_tuned
 
 if TYPE_CHECKING:
     from spec.engine import Engine
@@ -170,4 +171,5 @@ def show_figures(result: Result) -> None:
 
 
 if __name__ == "__main__":
+    ensure_tuned()
     sys.exit(main())

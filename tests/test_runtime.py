@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from onpolicy import runtime
+from spec import runtime
 
+ROOT = Path(runtime.__file__).parents[1]
 PROGRAM = """
 import json, os, sys
-from onpolicy.runtime import ensure_tuned
+from spec.runtime import ensure_tuned
 ensure_tuned()
 keys = ("OMP_NUM_THREADS", "LD_PRELOAD", "ONPOLICY_TUNED", "VLLM_NO_USAGE_STATS", "VLLM_CPU_OMP_THREADS_BIND")
 print(json.dumps({"pid": os.getpid(), "argv": sys.argv[1:], "name": __name__, "optimize": sys.flags.optimize,
@@ -28,8 +29,7 @@ def run(folder: Path, *arguments: str, **environment: str) -> dict:
     (folder / "program.py").write_text(PROGRAM)
     tuned = ("OMP_NUM_THREADS", "LD_PRELOAD", "ONPOLICY_", "VLLM_")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(tuned)}
-    root = str(Path(runtime.__file__).parents[1])
-    clean |= {"PYTHONPATH": os.pathsep.join([root, str(folder)]), "CUDA_VISIBLE_DEVICES": "", **environment}
+    clean |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)]), "CUDA_VISIBLE_DEVICES": "", **environment}
     command = [sys.executable, "-O", "-m", "program", *arguments]
     process = subprocess.Popen(command, env=clean, stdout=subprocess.PIPE, text=True)
     out, _ = process.communicate(timeout=60)
@@ -56,6 +56,44 @@ def test_it_does_not_restart_where_it_should_not(tmp_path: Path) -> None:
         found = run(tmp_path, *arguments, **environment)
         assert found["env"]["OMP_NUM_THREADS"] is None and found["env"]["LD_PRELOAD"] is None
         assert found["env"]["VLLM_NO_USAGE_STATS"] == "1"  # needs no restart
+
+
+SAY_AND_END = """
+import os
+def execve(path, command, environment):
+    print("restarts with", environment["OMP_NUM_THREADS"], "threads", flush=True)
+    os._exit(0)
+os.execve = execve
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tunes Linux only")
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    (
+        ("spec.generate", ("--target", "x", "--prompt", "y")),
+        ("spec.bench", ("--target", "x", "--draft", "y", "--data", "z")),
+        ("spec.audit", ("--target", "x")),
+    ),
+)
+def test_every_program_of_spec_is_tuned_and_its_help_is_quick(program: str, arguments, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(SAY_AND_END)  # in place of the restart itself
+    tuned = ("OMP_NUM_THREADS", "LD_PRELOAD", "ONPOLICY_")
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(tuned)}
+    clean |= {"PYTHONPATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+
+    def printed(*options: str) -> str:
+        command = [sys.executable, "-m", program, *options]
+        return subprocess.run(command, cwd=ROOT, env=clean, capture_output=True, text=True, check=True).stdout
+
+    assert printed(*arguments).startswith("restarts with ")
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        shown = printed("--help")
+        seconds.append(time.perf_counter() - began)
+        assert "--target" in shown and "restarts" not in shown
+    assert min(seconds) < 2
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tunes Linux only")

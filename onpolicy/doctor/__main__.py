@@ -30,7 +30,7 @@ def parse(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool, bo
 def main(arguments: Sequence[str] | None = None) -> int:
     """Examine; returns the exit status."""
     config, resume, as_json = parse(arguments)
-    from onpolicy.runtime import ensure_tuned
+    from spec.runtime import ensure_tuned
 
     ensure_tuned()
     print("examining: loading the libraries, the models and the engine takes most of the time ...", file=sys.stderr)

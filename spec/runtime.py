@@ -34,8 +34,6 @@ _DEFAULTS = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # "NUMA binding: ..." on every start
 }
 
