@@ -26,6 +26,7 @@ class Request:
     n: int = 1
     logprobs: int | None = None  # None: none; 0: the sampled token's; k: also the k most probable
     draft_length: int | None = None  # None: as the engine is set up; 0: plain decoding; k: always k
+    special_tokens: bool = False  # whether special tokens show in the text; what ends it never does
 
     def check(self, vocabulary: int, max_positions: int, *, has_text: bool = True) -> None:
         """Raises ValueError, naming the remedy, for what a model of ``vocabulary`` and ``max_positions`` cannot do.

@@ -94,7 +94,8 @@ class Sample:
         if self.tokenizer is not None and self.detokenizer is None:
             ids = completion.token_ids
             kept = ids[:-1] if ids and ids[-1] in self.stop_tokens else ids
-            completion.text = str(self.tokenizer.decode(kept, skip_special_tokens=True))
+            skip = not self.task.request.special_tokens
+            completion.text = str(self.tokenizer.decode(kept, skip_special_tokens=skip))
 
     def _extend(self, token: int, from_draft: bool, logprob: TokenLogprob | None) -> Event:
         completion = self.completion
@@ -148,7 +149,7 @@ def open_samples(
                 stop_tokens,
                 tokenizer,
                 StopStrings(request.stop),
-                Detokenizer(tokenizer) if streams and tokenizer is not None else None,
+                Detokenizer(tokenizer, request.special_tokens) if streams and tokenizer is not None else None,
             )
         )
     return task.samples

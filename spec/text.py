@@ -13,15 +13,17 @@ _LONGEST_WAIT = 16  # tokens; a character has at most 4 bytes, so these are brok
 
 
 class Detokenizer:
-    """Tokens one at a time to text deltas, which add up to ``tokenizer.decode`` of all, special tokens skipped.
+    """Tokens one at a time to text deltas, which add up to ``tokenizer.decode`` of all.
+
+    Special tokens are skipped unless ``special_tokens``.
 
     A token's text depends on its neighbours (spaces, characters of several bytes): each delta is the difference of two
     decodings of a short window, and an incomplete character is held back. After 16 tokens without a whole character
     the window is given out as it is; only then may the sum differ from the decoding of all.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, special_tokens: bool = False):
+        self._tokenizer, self._special_tokens = tokenizer, special_tokens
         self._window: list[int] = []
         self._known = 0  # tokens at the start of the window whose text is out
         self._known_text = ""
@@ -47,7 +49,7 @@ class Detokenizer:
         return delta
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=not self._special_tokens))
 
 
 class StopStrings:

@@ -69,6 +69,12 @@ def alone(
     return engine.generate([request])[0].completions[0]
 
 
+def _other_target(engine: Engine):
+    """A model that the server does not run: its draft."""
+    name = str(Path(engine.target.name).parent / "draft")
+    return loading.open_target(name, loading.ModelOptions("float32"))
+
+
 # ------------------------------------------------------------------------------------------------------ the answers
 
 
@@ -185,6 +191,59 @@ def test_prompts_of_every_kind_and_echo(client, tokenizer) -> None:
         for messages in (parts, plain)
     }
     assert len(answers) == 1
+
+
+@pytest.mark.parametrize("chat", (False, True), ids=("completions", "chat"))
+def test_token_ids_are_told_on_request(chat: bool, client, engine, tokenizer) -> None:
+    """Whole and streamed: all of them, what stopped the text and what shows nothing included."""
+    ids = loading.encode_prompt(tokenizer, PROMPT) if chat else tokenizer(PROMPT)["input_ids"]
+    stop = alone(engine, ids, 20).token_ids[12]
+    expected = alone(engine, ids, 20, stop_token_ids=(stop,)).token_ids
+    ask = client.chat.completions.create if chat else client.completions.create
+    body: dict[str, Any] = {
+        "model": "target", "max_tokens": 20, "temperature": 0, "n": 2, "logprobs": True if chat else 0,
+        "extra_body": {"return_token_ids": True, "return_tokens_as_token_ids": True, "stop_token_ids": [stop]},
+        **({"messages": CHAT} if chat else {"prompt": PROMPT}),
+    }  # fmt: skip
+    for choice in ask(**body).choices:
+        assert choice.token_ids == expected and expected[-1] == stop and choice.finish_reason == "stop"
+        names = [c.token for c in choice.logprobs.content] if chat else choice.logprobs.tokens
+        assert names == [f"token_id:{id}" for id in expected]
+    streamed: list[list[int]] = [[], []]
+    for chunk in ask(stream=True, **body):
+        streamed[chunk.choices[0].index] += chunk.choices[0].token_ids
+    assert streamed == [expected, expected]
+    body["extra_body"] = {}
+    assert not hasattr(ask(**body).choices[0], "token_ids")
+
+
+@pytest.mark.parametrize("stream", (False, True))
+def test_special_tokens_show_on_request(stream: bool, client) -> None:
+    """One in the middle, by a bias: <|im_start|> is token 1."""
+
+    def text(**extra: Any) -> str:
+        given = client.completions.create(
+            model="target", prompt=PROMPT, max_tokens=4, temperature=0, logit_bias={"1": 100}, stream=stream,
+            extra_body={"ignore_eos": True, **extra},
+        )  # fmt: skip
+        return "".join(part.choices[0].text for part in (given if stream else [given]))
+
+    assert text(skip_special_tokens=False) == "<|im_start|>" * 4 and text(skip_special_tokens=True) == text() == ""
+
+
+def test_the_servers_own_audit_reads_its_tokens(server, engine, tokenizer) -> None:
+    """The black-box audit of a real server: whatever panel, every token as it was drawn."""
+    from spec.audit.conditionals import ModelConditionals
+    from spec.audit.engines.server import ServerEngine
+    from spec.audit.scoring import Scorer
+    from spec.audit.statistical import Settings, audit
+
+    settings = Settings(tokens=800, delta=1e-6, epsilon=0.5, max_tokens=16, stop_early=False)
+    prompts = [tokenizer(text)["input_ids"] for text in (PROMPT, "A farmer has 12 cows")]
+    verdict = audit(ServerEngine(server.url, tokenizer), Scorer(ModelConditionals(engine.target)), prompts, settings)
+    assert verdict.verdict in ("equivalent", "undecided") and verdict.tokens >= 800
+    wrong = Scorer(ModelConditionals(_other_target(engine)))
+    assert audit(ServerEngine(server.url, tokenizer), wrong, prompts, settings).verdict == "different"
 
 
 def test_facts_of_a_request_and_the_metrics_agree(client, server) -> None:

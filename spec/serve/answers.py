@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,16 +15,24 @@ Json = dict[str, Any]
 _LEAST = -9999.0  # for log-probs of -inf, which JSON does not have; vLLM's number
 
 
+@dataclass(frozen=True)
+class Shown:
+    """vLLM's two options on token ids."""
+
+    token_ids: bool = False  # every choice says which tokens it is made of, the one that stopped it included
+    names_are_ids: bool = False  # in log-probs "token_id:7" stands for the token's text
+
+
 class Answer(Protocol):
     """How an endpoint writes choices. ``index`` counts all choices of the call: sample i of prompt p is p n + i."""
 
     object: str  # of a whole answer
     chunk_object: str
 
-    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
+    async def choice(self, index: int, prompt: int, completion: Completion) -> Json:
         """One finished choice."""
 
-    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
         """One token's part of a stream, None where it adds nothing that shows."""
 
 
@@ -53,37 +61,38 @@ class CompletionAnswer:
 
     object = chunk_object = "text_completion"
 
-    def __init__(self, texts: Texts, echoes: Sequence[str]):
-        self._texts, self._echoes = texts, echoes
+    def __init__(self, texts: Texts, echoes: Sequence[str], shown: Shown):
+        self._texts, self._echoes, self._shown = texts, echoes, shown
         self._offsets: dict[int, int] = {}  # characters of a streamed choice so far
 
-    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
+    async def choice(self, index: int, prompt: int, completion: Completion) -> Json:
         echo = self._echoes[prompt]
-        return self._choice(
-            index, echo + completion.text, completion.finish_reason, self._logprobs(completion.logprobs, len(echo))
-        )
+        logprobs = await self._logprobs(completion.logprobs, len(echo))
+        choice = self._choice(index, echo + completion.text, completion.finish_reason, logprobs)
+        return choice | _ids(self._shown, completion.token_ids)
 
-    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
         first = index not in self._offsets
         offset = self._offsets.setdefault(index, 0)
         text = self._echoes[prompt] + event.text if first else event.text
-        if not text and event.finish_reason is None and event.logprob is None:
+        if not (text or _shows(event, self._shown)):
             return None
         self._offsets[index] += len(text)
-        logprobs = self._logprobs([event.logprob], offset) if event.logprob else None
-        return self._choice(index, text, event.finish_reason, logprobs)
+        logprobs = await self._logprobs([event.logprob], offset) if event.logprob else None
+        return self._choice(index, text, event.finish_reason, logprobs) | _ids(self._shown, _of(event))
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None, logprobs: Json | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    def _logprobs(self, values: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
+    async def _logprobs(self, values: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
         if values is None:
             return None
-        name, offsets = self._texts.token, []
+        texts, offsets = await _names(self._texts, values), []
         for value in values:
             offsets.append(offset)
-            offset += len(name(value.token_id))
+            offset += len(texts[value.token_id])
+        name = _naming(self._shown, texts)
         return {
             "tokens": [name(value.token_id) for value in values],
             "token_logprobs": [max(value.logprob, _LEAST) for value in values],
@@ -100,41 +109,66 @@ class ChatAnswer:
 
     object, chunk_object = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, texts: Texts):
-        self._texts = texts
+    def __init__(self, texts: Texts, shown: Shown):
+        self._texts, self._shown = texts, shown
         self._begun: set[int] = set()
 
-    def choice(self, index: int, prompt: int, completion: Completion) -> Json:
-        values = completion.logprobs
+    async def choice(self, index: int, prompt: int, completion: Completion) -> Json:
         return {
             "index": index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": None if values is None else {"content": self._logprobs(values), "refusal": None},
+            "logprobs": await self._logprobs(completion.logprobs),
             "finish_reason": completion.finish_reason,
+            **_ids(self._shown, completion.token_ids),
         }
 
-    def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
         delta: Json = {} if index in self._begun else {"role": "assistant", "content": ""}
-        if not delta and not event.text and event.finish_reason is None and event.logprob is None:
+        if not (delta or event.text or _shows(event, self._shown)):
             return None
         self._begun.add(index)
         if event.text:
             delta["content"] = event.text
-        logprobs = {"content": self._logprobs([event.logprob]), "refusal": None} if event.logprob else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        logprobs = await self._logprobs([event.logprob] if event.logprob else None)
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
+        return choice | _ids(self._shown, _of(event))
 
-    def _logprobs(self, values: Sequence[TokenLogprob]) -> list[Json]:
-        return [
-            {
-                **self._one(value.token_id, value.logprob),
-                "top_logprobs": [self._one(id, logprob) for id, logprob in value.top],
-            }
+    async def _logprobs(self, values: Sequence[TokenLogprob] | None) -> Json | None:
+        if values is None:
+            return None
+        texts = await _names(self._texts, values)
+        name = _naming(self._shown, texts)
+
+        def one(id: int, logprob: float) -> Json:
+            return {"token": name(id), "logprob": max(logprob, _LEAST), "bytes": list(texts[id].encode())}
+
+        content = [
+            {**one(value.token_id, value.logprob), "top_logprobs": [one(id, logprob) for id, logprob in value.top]}
             for value in values
         ]
+        return {"content": content, "refusal": None}
 
-    def _one(self, id: int, logprob: float) -> Json:
-        token = self._texts.token(id)
-        return {"token": token, "logprob": max(logprob, _LEAST), "bytes": list(token.encode())}
+
+def _shows(event: Event, shown: Shown) -> bool:
+    """Whether a token is to be told of though it adds no text."""
+    told = shown.token_ids and event.token_id is not None
+    return told or event.finish_reason is not None or event.logprob is not None
+
+
+def _of(event: Event) -> list[int]:
+    return [] if event.token_id is None else [event.token_id]
+
+
+def _ids(shown: Shown, token_ids: Sequence[int]) -> Json:
+    return {"token_ids": list(token_ids)} if shown.token_ids else {}
+
+
+async def _names(texts: Texts, values: Sequence[TokenLogprob]) -> Mapping[int, str]:
+    return await texts.names(id for value in values for id in (value.token_id, *(id for id, _ in value.top)))
+
+
+def _naming(shown: Shown, texts: Mapping[int, str]) -> Callable[[int], str]:
+    return "token_id:{}".format if shown.names_are_ids else texts.__getitem__
 
 
 def usage(results: Sequence[Result]) -> Json:

@@ -18,7 +18,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from spec.serve import errors
-from spec.serve.answers import Answer, ChatAnswer, CompletionAnswer, Head, Json
+from spec.serve.answers import Answer, ChatAnswer, CompletionAnswer, Head, Json, Shown
 from spec.serve.errors import ApiError
 from spec.serve.gate import Gate, Keys
 from spec.serve.log import RequestLog
@@ -181,7 +181,8 @@ async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
     service = _service(http)
     service.check_model(body.model)
     requests, echoes = await completion_requests(body, service.texts, service.limits)
-    return await _run(http, service, requests, CompletionAnswer(service.texts, echoes), service.head("cmpl"), body)
+    answer = CompletionAnswer(service.texts, echoes, _shown(body))
+    return await _run(http, service, requests, answer, service.head("cmpl"), body)
 
 
 @_openai.post("/v1/chat/completions")
@@ -189,7 +190,8 @@ async def chat(http: HttpRequest, body: ChatRequest) -> Response:
     service = _service(http)
     service.check_model(body.model)
     requests = await chat_requests(body, service.texts, service.limits)
-    return await _run(http, service, requests, ChatAnswer(service.texts), service.head("chatcmpl"), body)
+    answer = ChatAnswer(service.texts, _shown(body))
+    return await _run(http, service, requests, answer, service.head("chatcmpl"), body)
 
 
 @_openai.post("/tokenize")
@@ -200,7 +202,8 @@ async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Json:
         ids = await service.texts.encode_chat(body.messages, body.add_generation_prompt)
     else:
         ids = await service.texts.encode(body.prompt or "", body.add_special_tokens)
-    strings = [service.texts.token(id) for id in ids] if body.return_token_strs else None
+    names = await service.texts.names(ids) if body.return_token_strs else {}
+    strings = [names[id] for id in ids] if body.return_token_strs else None
     return {"count": len(ids), "max_model_len": service.limits.context, "tokens": ids, "token_strs": strings}
 
 
@@ -238,6 +241,10 @@ async def _run(
 ) -> Response:
     job = submit(service.worker, requests, bool(body.stream))
     return await respond(http, job, answer, head, body, service.policy.request_seconds, service.log.with_text)
+
+
+def _shown(body: Sampling) -> Shown:
+    return Shown(bool(body.return_token_ids), bool(body.return_tokens_as_token_ids))
 
 
 def _card(service: Service) -> dict[str, Any]:

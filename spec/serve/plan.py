@@ -58,15 +58,15 @@ async def chat_requests(body: ChatRequest, texts: Texts, limits: Limits) -> list
 
 
 async def _prompts(body: CompletionRequest, texts: Texts) -> list[list[int]]:
-    prompt = body.prompt
+    prompt, special = body.prompt, body.add_special_tokens is not False
     if isinstance(prompt, str):
-        return [await texts.encode(prompt)]
+        return [await texts.encode(prompt, special)]
     if not prompt:
         raise ApiError(400, "prompt: is empty; give a text, token ids, or a list of either", param="prompt")
     if isinstance(prompt[0], int):
         return [[id for id in prompt if isinstance(id, int)]]
     return [
-        await texts.encode(part) if isinstance(part, str) else list(part)
+        await texts.encode(part, special) if isinstance(part, str) else list(part)
         for part in prompt
         if not isinstance(part, int)
     ]
@@ -91,6 +91,7 @@ def _request(body: Sampling, ids: Sequence[int], max_tokens: int, logprobs: int 
         body.n or 1,
         logprobs,
         _draft_length(body, limits),
+        special_tokens=body.skip_special_tokens is False,
     )
     try:
         request.check(limits.vocabulary, limits.context)

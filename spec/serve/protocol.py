@@ -14,8 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from spec.params import LEAST_REPETITION_PENALTY
 
 _WITHOUT_EFFECT = frozenset(
-    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
-)
+    (
+        "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+        "parallel_tool_calls", "request_id", "priority", "cache_salt",
+    )
+)  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONSTRAINED = "constrained output is not available here: masking would have to be part of drafting and verification"
 _NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask for nothing, and the refusal
@@ -34,6 +37,19 @@ _NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values th
     "prediction": ((), "not supported; drafts come from the server's own drafter"),
     "reasoning_effort": (("none",), "not supported; put it into the messages"),
     "suffix": (("",), "insertion is not supported; put all of the context into the prompt"),
+    "min_tokens": ((0,), "not supported; it would have to be part of drafting and verification"),
+    "use_beam_search": ((False,), "texts are sampled, not searched for; remove it"),
+    "length_penalty": ((1,), "texts are sampled, not searched for; remove it"),
+    "include_stop_str_in_output": ((False,), "the text ends before what stopped it; remove it"),
+    "spaces_between_special_tokens": ((True,), "the tokenizer decides on spaces; remove it"),
+    "truncate_prompt_tokens": ((), "prompts are never cut; send the part that counts"),
+    "prompt_logprobs": ((), "log-probs of the prompt are not available; remove it"),
+    "bad_words": (([],), "not supported; forbid tokens with logit_bias"),
+    "logits_processors": (([],), "not supported; nothing of a client's runs here"),
+    "chat_template_kwargs": (({},), "the model's own chat template takes no options here; remove it"),
+    "continue_final_message": ((False,), "not supported; send the whole text to /v1/completions"),
+    "add_generation_prompt": ((True,), "an answer always begins a message; send token ids to /v1/completions"),
+    "documents": (([],), "not supported; put them into the messages"),
     "chat_template": ((), "the model's own chat template is used; send token ids to /v1/completions for another"),
 }
 
@@ -84,6 +100,9 @@ class Sampling(Strict):
     stream_options: StreamOptions | None = None
     draft_length: int | None = Field(None, ge=0, le=64, description="Tokens to draft a step; 0: plain decoding")
     metrics: bool | None = Field(None, description="Report what speculation did for this request")
+    return_token_ids: bool | None = Field(None, description="Every choice says which tokens it is made of")
+    return_tokens_as_token_ids: bool | None = Field(None, description="Log-probs name tokens as token_id:7")
+    skip_special_tokens: bool | None = Field(None, description="false: special tokens show in the text")
 
     @model_validator(mode="before")
     @classmethod
@@ -119,6 +138,7 @@ class CompletionRequest(Sampling):
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=20)
     best_of: int | None = None
+    add_special_tokens: bool | None = Field(None, description="false: prompts that are texts get none")
 
     @model_validator(mode="after")
     def _together(self) -> CompletionRequest:

@@ -58,7 +58,7 @@ async def respond(
     _check(results)
     _note(notes, results, log_text)
     choices = [
-        answer.choice(prompt * job.requests[0].n + i, prompt, completion)
+        await answer.choice(prompt * job.requests[0].n + i, prompt, completion)
         for prompt, result in enumerate(results)
         for i, completion in enumerate(result.completions)
     ]
@@ -113,7 +113,7 @@ async def _chunks(job: Job, answer: Answer, head: Head, body: Sampling) -> Async
             continue
         if item.finish_reason in ("error", "cancelled"):
             continue  # its Result says more
-        choice = answer.delta(prompt * job.requests[0].n + item.sample, prompt, item)
+        choice = await answer.delta(prompt * job.requests[0].n + item.sample, prompt, item)
         if choice is not None:
             origin = {"from_draft": item.from_draft} if body.metrics else {}
             yield {**head.around(answer.chunk_object, [{**choice, **origin}]), **blank}

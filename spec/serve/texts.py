@@ -7,7 +7,7 @@ read in one thread that does nothing else.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,6 +29,7 @@ class Texts:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int):
         self._tokenizer, self._longest = tokenizer, longest
         self._most_characters = longest * max(len(token) for token in tokenizer.get_vocab())
+        self._size = len(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._names: dict[int, str] = {}
 
@@ -56,15 +57,16 @@ class Texts:
 
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included. Raises ApiError for ids outside the vocabulary."""
-        if any(id >= len(self._tokenizer) for id in ids):
-            raise ApiError(400, f"token outside the vocabulary of {len(self._tokenizer)}", param="tokens")
+        if max(ids, default=0) >= self._size:
+            raise ApiError(400, f"token outside the vocabulary of {self._size}", param="tokens")
         return await self._run(lambda: str(self._tokenizer.decode(list(ids))))
 
-    def token(self, id: int) -> str:
-        """One token as text, for log-probs; part of a character shows as the replacement character."""
-        if id not in self._names:
-            self._names[id] = str(self._tokenizer.decode([id]))
-        return self._names[id]
+    async def names(self, ids: Iterable[int]) -> Mapping[int, str]:
+        """These tokens (and others) as texts, for log-probs; part of a character shows as the replacement character."""
+        new = [id for id in set(ids) if id not in self._names]
+        if new:
+            self._names |= await self._run(lambda: {id: str(self._tokenizer.decode([id])) for id in new})
+        return self._names
 
     def _check_size(self, characters: int) -> None:
         if characters > self._most_characters:
