@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from spec.audit import assert_lossless
 from spec.audit.conditionals import ModelConditionals
 from spec.audit.engines.hf import TransformersEngine
 from spec.audit.engines.ours import OurEngine
-from spec.audit.engines.server import ServerEngine
 from spec.audit.floor import floor
 from spec.audit.greedy import audit_greedy
 from spec.audit.sample import Sample
@@ -124,9 +119,30 @@ def test_the_floor_is_rounding_for_one_model_and_more_for_another_dtype() -> Non
     low = tiny_llama(0)
     low.model.to(torch.bfloat16)
     samples = [Sample((1, 2, 3), (4, 5, 6, 7, 8, 9, 1, 2), Params(temperature=0.8))]
-    found = floor(ModelConditionals(model), samples, ModelConditionals(low))
+    panel = [Params(temperature=0.8), Params(top_k=3)]
+    measured = floor(ModelConditionals(model), samples, {"dtype": lambda: ModelConditionals(low)}, panel)
+    found = measured.figures
     assert found["shape mean TV"] < 1e-5 < 1e-4 < found["dtype mean TV"] < 0.2
     assert found["dtype largest TV"] >= found["dtype mean TV"]
+    assert measured.logit_gap == found["shape largest logit difference"] < 1e-4  # another dtype is not the engine's
+
+
+def test_the_floor_by_setting_and_what_is_left_to_rounding() -> None:
+    """Kernels that give two logits the other order: outside top_k=1 by the share of rows, and nowhere else."""
+    table = np.tile(np.array([0.0, 20.0, 0.5, 0.4]), (4, 1))
+    table[2] = [0.0, 0.5, 30.0, 30.25]  # after a 2 the target says 3
+    other = table.copy()
+    other[2, 2:] = 30.25, 30.0
+    models = [ModelConditionals(TableModel(lambda text, t=t: t[text[-1]], 4)) for t in (table, other)]
+    samples = [Sample((0, 1), (2, 0, 0, 0), Params()), Sample((0, 1), (), Params())]
+    panel = [Params(), Params(top_k=1, seed=9)]
+    measured = floor(models[0], samples, {"kernels": lambda: models[1]}, panel)
+    assert measured.figures["mass outside the support, top_k=1"] == measured.outside == 0.25
+    assert measured.figures["mass outside the support, defaults"] == 0
+    assert measured.figures["kernels mean TV"] > 0 == measured.figures["shape mean TV"]
+    assert measured.tolerance(0.002) == 0.5 and floor(models[0], samples).tolerance(0.002) == 0.002
+    # four times the gap; one unit in the last place at 30.25 is 0.125 in bfloat16
+    assert measured.tie(torch.bfloat16) == 1.0 and floor(models[0], samples).tie(torch.bfloat16) == 0.125
 
 
 # -------------------------------------------------------------------------------------------------------- other engines
@@ -141,70 +157,3 @@ def test_transformers_generate_is_scored(how: str) -> None:
         tested, model, PROMPTS, tokens=600, epsilon=0.3, max_tokens=12, panel=panel, tolerance=1e-3
     )  # fmt: skip
     assert verdict.tokens >= 200
-
-
-class Answers(BaseHTTPRequestHandler):
-    """An endpoint over our own engine; ``style`` says how it tells its tokens."""
-
-    style = "token_ids"
-
-    def do_GET(self) -> None:
-        self._say({"data": [{"id": "tiny"}]})
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        params = Params(temperature=body["temperature"], top_k=body.get("top_k", 0), seed=body["seed"])
-        tokens = engine("token", "plain").generate([Request(body["prompt"], params, body["max_tokens"])])[0].token_ids
-        choice: dict[str, Any] = {"text": " ".join(map(str, tokens))}
-        if self.style == "token_ids":
-            choice["token_ids"] = list(tokens)
-        elif self.style == "logprobs":
-            choice["logprobs"] = {"tokens": [f"token_id:{token}" for token in tokens]}
-        self._say({"choices": [choice], "usage": {"completion_tokens": len(tokens)}})
-
-    def _say(self, answer: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(json.dumps(answer).encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Words:
-    """A tokenizer of numbers."""
-
-    def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": [int(word) for word in text.split()]}
-
-
-@pytest.fixture
-def url() -> Iterator[str]:
-    server = HTTPServer(("127.0.0.1", 0), Answers)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-@pytest.mark.parametrize("style", ["token_ids", "logprobs", "text"])
-def test_an_endpoint_is_read_however_it_tells_its_tokens(style: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Answers, "style", style)
-    served = ServerEngine(f"{url}/v1/", Words(), retokenise=style == "text")  # type: ignore[arg-type]
-    asked = [Request((1, 2), Params(temperature=0.7, seed=i), 6) for i in range(3)]
-    due = [sample.token_ids for sample in engine("token", "plain").generate(asked)]
-    assert [sample.token_ids for sample in served.generate(asked)] == due
-
-
-def test_an_endpoint_that_hides_its_tokens_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Answers, "style", "text")
-    served = ServerEngine(url, Words())  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="--retokenise"):
-        served.generate([Request((1, 2), Params(), 4)])
-
-
-def test_no_endpoint_at_all() -> None:
-    with pytest.raises(ValueError, match="cannot be reached"):
-        ServerEngine("http://127.0.0.1:9", Words(), timeout_s=2)  # type: ignore[arg-type]

@@ -8,9 +8,12 @@ whenever one looks and whyever one stops.
 - *Shapes*: the PIT (and differences of PITs that are uniform under H0) puts d more mass than its width into a dyadic
   interval, over all intervals of five levels and a grid of d. These need no guess of what is wrong.
 
-Tokens the target cannot say: with tolerance eta the null is widened to laws with up to eta mass outside the target's
-support S, and p's proportions within it. A bet that puts o > eta outside is then paid (1 - o)/(1 - eta) a token inside
-and o/eta outside; one that puts less there is not paid for them. For eta = 0 a single such token decides.
+Tokens the target cannot say: with tolerance eta the null is widened to laws that put, at *every* token, up to eta mass
+outside the target's support S, and keep p's proportions within it. A bet that puts o > eta outside is then paid
+(1 - o)/(1 - eta) a token inside and o/eta outside; one that puts less there is not paid for them. For eta = 0 a single
+such token decides. (Rounding puts more there on the few rows where a token is at the edge of top-p, and nothing on
+others. Where a bet does not know those rows it suffices that the mean is below eta; for one that bets on some settings
+alone, eta must be above the mean of the worst setting.)
 
 Validity needs that requests are answered independently given their prompts, which is what H0 says, and looks are taken
 at ends of samples. Shape legend: N tokens, J bets, T ends of samples.
@@ -34,12 +37,26 @@ _CERTAIN = 60.0  # nats paid for a token that is impossible under H0: beyond any
 _UNNAMED = -8.0  # log-probability of such a token when nothing is said of which: a named law that does better is named
 
 
+@dataclass(frozen=True)
+class Bets:
+    """Of one family, on one batch."""
+
+    parameters: list[float]  # [J]
+    gains: np.ndarray  # log-gains [J, N] a token, or [J, T] a sample
+    # The same of betting on p against a share of m, given that the token is one the target can say: [J, N]
+    against: np.ndarray | None = None
+    distance: float = 0.0  # sum over tokens of an estimate of TV(m, p)
+
+
 @dataclass
 class Capital:
     """Log-capitals of the bets of one family."""
 
     parameters: list[float]
     logs: np.ndarray  # [J]
+    against: np.ndarray  # [J] of the bets against a share
+    against_highest: np.ndarray  # [J] their largest at a look
+    distance: float = 0.0
 
     @property
     def log_mean(self) -> float:
@@ -49,6 +66,15 @@ class Capital:
     def best(self) -> float:
         """The parameter whose bet won most."""
         return self.parameters[int(self.logs.argmax())]
+
+    def excluded(self, level: float) -> float | None:
+        """The smallest share, of those from the largest down without a gap, whose bet against it reached ``level``."""
+        smallest = None
+        for share, high in sorted(zip(self.parameters, self.against_highest, strict=True), reverse=True):
+            if high < level:
+                break
+            smallest = share
+        return smallest
 
 
 @dataclass(frozen=True)
@@ -107,21 +133,43 @@ class Evidence:
         if len(self._path) > _LOOKS:
             self._path, self._stride = self._path[::2], 2 * self._stride
 
-    def _settle(
-        self, families: dict[str, Capital], bets: dict[str, tuple[list[float], np.ndarray]], ends: np.ndarray | None
-    ) -> np.ndarray:
+    def excluded(self, delta: float) -> dict[str, dict[str, float]]:
+        """Law m -> ``share``: with probability at least 1 - delta, for all laws and at all looks, the engine does not
+        draw that share or more of its tokens from m and the rest from p; ``distance``: the total variation of it.
+
+        Under a share s' >= s of m the bet for p against s has mean at most 1: with t = m/p its mean is
+        1 + (s' - s) E_p[(t - 1) / (1 - s + s t)], and that function of t is concave and 0 at E_p[t] = 1. Tokens outside
+        S are passed over, which conditions on S and leaves room for rounding. From the largest share down, each test is
+        made only if all before it rejected, so that a law's level need not be divided; laws share ``delta``. The mean
+        of TV(m, p) = E_p[max(1 - t, 0)] is estimated from the same tokens.
+        """
+        level, found = math.log(_FAMILIES / delta), {}
+        for name, capital in self.named.items():
+            share = None if name == "temperature" else capital.excluded(level)  # there parameters are no shares
+            if share is not None:
+                found[name] = {"share": share, "distance": share * capital.distance / max(self.tokens, 1)}
+        return found
+
+    def _settle(self, families: dict[str, Capital], bets: dict[str, Bets], ends: np.ndarray | None) -> np.ndarray:
         """Adds the gains of a batch to ``families``; the log of their mean capital at each end, [T].
 
-        ``bets``: parameters, and log-gains [J, N] a token, or [J, T] a sample where ``ends`` is None. Weights are
-        split over all families there can be, so that one which appears late takes from none.
+        ``ends`` None: gains are a sample's already. Weights are split over all families there can be, so that one which
+        appears late takes from none.
         """
         totals: dict[str, np.ndarray] = {}
-        for name, (parameters, gains) in bets.items():
-            capital = families.setdefault(name, Capital(parameters, np.zeros(len(parameters))))
-            steps = np.cumsum(gains, axis=1)
+        for name, bet in bets.items():
+            count = len(bet.parameters)
+            new = Capital(bet.parameters, np.zeros(count), np.zeros(count), np.zeros(count))
+            capital = families.setdefault(name, new)
+            steps = np.cumsum(bet.gains, axis=1)
             path = capital.logs[:, None] + (steps if ends is None else steps[:, ends])
             capital.logs = path[:, -1]
+            capital.distance += bet.distance
             totals[name] = _log_mean(path)
+            if bet.against is not None:
+                steps = capital.against[:, None] + np.cumsum(bet.against, axis=1)[:, ends]
+                capital.against = steps[:, -1]
+                capital.against_highest = np.maximum(capital.against_highest, steps.max(1))
         idle = [np.full_like(next(iter(totals.values())), f.log_mean) for n, f in families.items() if n not in totals]
         means = [*totals.values(), *idle]
         spare = max(_FAMILIES - len(means), 0)  # not in use so far: capital 1 each
@@ -134,30 +182,43 @@ _LOOKS = 1024  # kept of the path
 _FAMILIES = 20  # at most, of named laws and of shapes
 
 
-def _named_bets(scored: Scored, eta: float) -> Iterator[tuple[str, tuple[list[float], np.ndarray]]]:
-    """(family, (parameters, log-gains [J, N])). All temperatures are one family, with the factor as parameter."""
+def _named_bets(scored: Scored, eta: float) -> Iterator[tuple[str, Bets]]:
+    """All temperatures are one family, with the factor as parameter."""
     out = scored.impossible
     temperatures: list[tuple[float, np.ndarray]] = []
     for name, (log_ratio, outside) in scored.ratios.items():
         if name.startswith("temperature x"):
             temperatures.append((float(name.removeprefix("temperature x")), np.where(out, 0.0, log_ratio)))
             continue
-        yield name, ([*SHARES], np.stack([_gains(share, log_ratio, outside, out, eta) for share in SHARES]))
-    yield "temperature", ([f for f, _ in temperatures], np.stack([gain for _, gain in temperatures]))
+        gains = np.stack([_gains(share, log_ratio, outside, out, eta) for share in SHARES])
+        against = np.stack([_against(share, log_ratio, outside, out) for share in SHARES])
+        distance = float(np.maximum(-np.expm1(np.minimum(log_ratio, 0.0)), 0.0)[~out].sum())
+        yield name, Bets([*SHARES], gains, against, distance)
+    yield "temperature", Bets([f for f, _ in temperatures], np.stack([gain for _, gain in temperatures]))
     anything = np.where(out, _UNNAMED, -np.inf)
     everything = [_gains(share, anything, np.ones(len(out)), out, eta) for share in BUMPS]
-    yield IMPOSSIBLE, ([*BUMPS], np.stack(everything))
+    yield IMPOSSIBLE, Bets([*BUMPS], np.stack(everything))
+
+
+def _mixed(share: float, log_ratio: np.ndarray) -> np.ndarray:
+    """log of ((1 - share) p + share m) / p."""
+    return np.logaddexp(math.log1p(-share), math.log(share) + log_ratio)
 
 
 def _gains(share: float, log_ratio: np.ndarray, outside: np.ndarray, out: np.ndarray, eta: float) -> np.ndarray:
     """[N] log-gains of betting on (1 - share) p + share m; see the module's text for tokens outside S."""
     o = share * outside
-    inside = np.logaddexp(math.log1p(-share), math.log(share) + log_ratio) - np.log1p(-np.minimum(o, eta))
+    inside = _mixed(share, log_ratio) - np.log1p(-np.minimum(o, eta))
     if eta > 0:
         paid = np.log(np.maximum(o, eta) / eta)
     else:  # whatever is paid for what cannot happen: the more, the better m explains it
         paid = np.maximum(_CERTAIN + math.log(share) + log_ratio, 0.0)
     return np.where(out, np.where((o > eta) & (log_ratio > -np.inf), paid, 0.0), inside)
+
+
+def _against(share: float, log_ratio: np.ndarray, outside: np.ndarray, out: np.ndarray) -> np.ndarray:
+    """[N] log-gains of betting on p against (1 - share) p + share m, both given S; see :meth:`Evidence.excluded`."""
+    return np.where(out, 0.0, np.log1p(-share * np.minimum(outside, 1.0)) - _mixed(share, log_ratio))
 
 
 def _streams(scored: Scored, before: np.ndarray) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
@@ -206,8 +267,8 @@ def _bumps() -> list[tuple[int, float, float]]:
     return bets
 
 
-def _shape_bets(stream: tuple[np.ndarray, np.ndarray], ends: np.ndarray) -> tuple[list[float], np.ndarray]:
-    """Parameters (interval numbers) and log-gains [J, T] a sample."""
+def _shape_bets(stream: tuple[np.ndarray, np.ndarray], ends: np.ndarray) -> Bets:
+    """Parameters are interval numbers; log-gains [J, T] a sample."""
     u, _ = stream
     known = ~np.isnan(u)
     owner = np.searchsorted(ends, np.arange(len(u)))[known]
@@ -222,7 +283,7 @@ def _shape_bets(stream: tuple[np.ndarray, np.ndarray], ends: np.ndarray) -> tupl
     )  # fmt: skip
     which, gain_in, gain_out = (np.array(column) for column in zip(*_bumps(), strict=True))
     hits = inside[which]
-    return which.astype(float).tolist(), hits * gain_in[:, None] + (total - hits) * gain_out[:, None]
+    return Bets(which.astype(float).tolist(), hits * gain_in[:, None] + (total - hits) * gain_out[:, None])
 
 
 def _log_mean(logs: np.ndarray) -> np.ndarray:

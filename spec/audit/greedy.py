@@ -1,7 +1,8 @@
 """Temperature 0: every token must be the target's argmax given the text before it, up to ties that rounding decides.
 
 No probability is involved. A tie is certified by arithmetic: if the engine's logits are within d of ours, whatever it
-takes for the largest is within 2 d of our largest. d is measured (:mod:`spec.audit.floor`), the target against itself.
+takes for the largest is within 2 d of our largest. d is measured (:mod:`spec.audit.floor`), the target against itself,
+and is never below the rounding of the logits themselves.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ def audit_greedy(
 
     ``equivalent`` says that no audited token is, nothing of others. ``tests``: how many were ties, the largest gap.
     """
-    panel = [replace(p, **{name: getattr(Params(), name) for name in engine.unsupported}) for p in PANEL]
-    panel = list({repr(p): replace(p, temperature=0.0) for p in panel}.values())
+    panel = panel_for(engine)
     found = ties = 0
     worst, where = 0.0, ""
     for prompt in prompts:
@@ -59,6 +59,12 @@ def audit_greedy(
         fault=fault,
         tests={"ties": ties, "largest_gap": worst, "tie": tie, "decided_at": found},
     )
+
+
+def panel_for(engine: EngineUnderAudit) -> list[Params]:
+    """The settings that the engine does not refuse, each once."""
+    panel = [replace(p, **{name: getattr(Params(), name) for name in engine.unsupported}) for p in PANEL]
+    return list({repr(p): replace(p, temperature=0.0) for p in panel}.values())
 
 
 def argmax_gaps(target: Conditionals, sample: Sample, most: int = 128) -> torch.Tensor:

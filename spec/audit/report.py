@@ -35,11 +35,15 @@ def rows(verdict: Verdict) -> list[tuple[str, str]]:
         found.append((f"floor, {name}", f"{value:.4g}"))
     for name, direction in verdict.tests.get("directions", {}).items():
         found.append((name, f"expected {direction['expected']:.2%}, shift {direction['shift']:+.3%}"))
+    for name, law in verdict.tests.get("excluded", {}).items():
+        found.append((f"excluded: {name}", f"a share from {law['share']:.1%}, total variation {law['distance']:.2%}"))
     for name, score in verdict.tests.get("standard", {}).items():
         found.append((f"{name}, score", f"{score:.2f}"))
-    for name in ("p", "mmd2", "ties", "largest_gap", "tie", "gaps"):
-        if name in verdict.tests:
+    for name in ("p", "mmd2", "ties", "largest_gap", "tie", "gaps", "tolerance", "logprob_gap"):
+        if verdict.tests.get(name) is not None:
             found.append((name, str(verdict.tests[name])))
+    if verdict.tests.get("left_out"):
+        found.append(("answers left out, hence undecided", str(verdict.tests["left_out"])))
     found += [(f"seconds of {name}", f"{value:.1f}") for name, value in verdict.seconds.items()]
     return found
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from spec import loading
@@ -17,10 +17,14 @@ from spec.audit.verdict import Fault, Verdict
 from spec.params import Params
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
+    from spec.audit.floor import Floor
     from spec.models.base import LanguageModel
+    from spec.models.transformers_model import TransformersModel
 
+TOLERANCE = 2e-3  # mass a token outside the support, at least, that is left to rounding unless the user says otherwise
 PROMPTS = (
     "Explain why the sky is blue.", "Write a short story about a lighthouse keeper.", "What is 17 times 23?",
     "List three uses of a paper clip.", "Translate 'good morning' into French.", "Describe your favourite meal.",
@@ -54,24 +58,25 @@ def _statistical(
 ) -> Verdict:
     from dataclasses import replace
 
-    from spec.audit.floor import floor
     from spec.audit.scoring import Scorer
     from spec.audit.statistical import Settings, audit, panel_for
-    from spec.request import Request
 
-    settings = Settings(
-        delta=options.delta, epsilon=options.epsilon, tokens=options.max_tokens_audited,
-        max_tokens=options.max_tokens, tolerance=options.tolerance, seed=options.seed,
-    )  # fmt: skip
     chosen = Params(temperature=options.temperature or 1.0, top_k=options.top_k, top_p=options.top_p)
     alone = options.temperature is not None or chosen != Params()
     if alone and options.temperature == 0:
         raise ValueError("--temperature 0 has no noise to test: use --mode greedy")
     panel = panel_for(engine, (chosen,)) if alone else panel_for(engine, vocabulary=target.vocab_size)
+    settings = Settings(
+        delta=options.delta, epsilon=options.epsilon, tokens=options.max_tokens_audited,
+        max_tokens=options.max_tokens, tolerance=options.tolerance or 0.0, seed=options.seed,
+    )  # fmt: skip
+    measured = _floor(options, engine, target, prompts, panel)
+    if options.tolerance is None:  # our own engine computes as its target does here; another has its own kernels
+        tolerance = TOLERANCE if options.engine == "torch" else measured.tolerance(TOLERANCE)
+        settings = replace(settings, tolerance=tolerance)
+    settings = replace(settings, logprob_gap=measured.tie(_dtype(options)))
     verdict = audit(engine, Scorer(target, _draft(options, target), options.seed), prompts, settings, panel)
-    few = engine.generate([Request(tuple(p), replace(panel[i % len(panel)], seed=i), 16) for i, p in
-                           enumerate(prompts[:6])])  # fmt: skip
-    return replace(verdict, floor=floor(target, few))
+    return replace(verdict, floor=measured.figures)
 
 
 def _greedy(
@@ -79,16 +84,52 @@ def _greedy(
 ) -> Verdict:
     from dataclasses import replace
 
+    from spec.audit.greedy import audit_greedy, panel_for
+
+    measured = _floor(options, engine, target, prompts, panel_for(engine))
+    tie = measured.tie(_dtype(options))
+    verdict = audit_greedy(engine, target, prompts, tie=tie, tokens=options.max_tokens_audited)
+    return replace(verdict, floor=measured.figures)
+
+
+def _floor(
+    options: argparse.Namespace,
+    engine: EngineUnderAudit,
+    target: Conditionals,
+    prompts: list[list[int]],
+    panel: Sequence[Params],
+) -> Floor:
+    """On texts of the engine, beside transformers' forward pass in the same dtype and in a wider one."""
+    from dataclasses import replace
+
     from spec.audit.floor import floor
-    from spec.audit.greedy import audit_greedy
     from spec.request import Request
 
-    few = engine.generate([Request(tuple(p), Params(temperature=0.0), 16) for p in prompts[:6]])
-    measured = floor(target, few)
-    # Other shapes differ by so much, other kernels in the same dtype by about twice that; a tie is two such errors
-    tie = 4 * max(measured["shape largest logit difference"], 2.0**-7 if options.dtype == "bfloat16" else 1e-4)
-    verdict = audit_greedy(engine, target, prompts, tie=tie, tokens=options.max_tokens_audited)
-    return replace(verdict, floor=measured)
+    few = [
+        Request(tuple(prompt), replace(panel[i % len(panel)], seed=i), 16) for i, prompt in enumerate(prompts[:6])
+    ]  # fmt: skip
+    wider = "float32" if options.dtype == "bfloat16" else "float64"
+    others = {"kernels": lambda: _by_transformers(options, options.dtype), "dtype": lambda: _by_transformers(
+        options, wider)}  # fmt: skip
+    return floor(target, engine.generate(few), others, panel)
+
+
+def _by_transformers(options: argparse.Namespace, dtype: str) -> Conditionals:
+    return ModelConditionals(_load(options, options.target, dtype))
+
+
+def _load(options: argparse.Namespace, name: str, dtype: str) -> TransformersModel:
+    import torch
+
+    from spec.models.transformers_model import TransformersModel
+
+    return TransformersModel.load(name, dtype=getattr(torch, dtype), device=options.device or "cpu")
+
+
+def _dtype(options: argparse.Namespace) -> torch.dtype:
+    import torch
+
+    return torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
 
 
 def _samples(
@@ -114,7 +155,8 @@ def exact(options: argparse.Namespace) -> Verdict:
         command = [sys.executable, "-m", "spec.audit.exact_vllm", *([] if options.without_repair else ["--repair"])]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ValueError(f"vLLM's rejection sampler cannot be probed: {done.stderr.strip().splitlines()[-1:]}")
+            why = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+            raise ValueError(f"vLLM's rejection sampler cannot be probed: {why}")
         found = json.loads(done.stdout.splitlines()[-1])
         gaps, rounding = {f"vllm {found['version']} rejection sampler": found["gap"]}, found["rounding"]
     elif options.engine in ("torch", "hf"):
@@ -167,17 +209,11 @@ def _ours(
 
 def _transformers(options: argparse.Namespace, draft: str | None) -> EngineUnderAudit:
     from spec.audit.engines.hf import TransformersEngine
-    from spec.models.transformers_model import TransformersModel
 
-    def load(name: str) -> TransformersModel:
-        import torch
-
-        return TransformersModel.load(name, dtype=getattr(torch, options.dtype), device=options.device or "cpu")
-
+    model = _load(options, options.target, options.dtype).model
     if draft == "ngram":
-        return TransformersEngine(load(options.target).model, lookup=_fixed_length(options))
-    assistant = None if draft is None else load(draft).model
-    return TransformersEngine(load(options.target).model, assistant)
+        return TransformersEngine(model, lookup=_fixed_length(options))
+    return TransformersEngine(model, None if draft is None else _load(options, draft, options.dtype).model)
 
 
 def _draft(options: argparse.Namespace, target: Conditionals) -> Conditionals | None:

@@ -22,6 +22,15 @@ class Sample:
     # Position of each token in its verification block, where it is known *without* having looked at the token: see
     # spec.audit.engines.ours. None: never known.
     offsets: tuple[int, ...] | None = None
+    logprobs: tuple[float, ...] | None = None  # of each token as the engine reports them, nats; None: it does not
+
+
+def seeded(seed: int) -> bool:
+    """Whether an engine that also draws from a random state of its own is to be given this seed.
+
+    Two requests in a row are (the two of one prompt and setting), the next two are not: both paths are audited.
+    """
+    return seed % 4 in (1, 2)
 
 
 class EngineUnderAudit(Protocol):

@@ -14,6 +14,7 @@ Shape legend: N tokens of all samples, n rows of one piece, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -45,6 +46,8 @@ class Scored:
     draft_pit: np.ndarray  # the same in the order of q / p; NaN where there is no draft
     ratios: dict[str, tuple[np.ndarray, np.ndarray]]  # law -> log ratio, its mass outside p's support
     directions: dict[str, tuple[np.ndarray, np.ndarray]]  # set A -> 1{x in A}, p(A)
+    # law (``raw``: of the logits as they are, or ``processed``) -> |reported - due| nats; NaN: not reported
+    gaps: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def impossible(self) -> np.ndarray:
@@ -85,7 +88,10 @@ class Scorer:
             p = target_law(rows)
             q = None if draft_logits is None else draft_law(rows, draft_logits)
             noise = torch.from_numpy(self._noise.random(len(p))).to(p)
-            parts.append(_score_rows(rows, p, q, last, noise))
+            raw = (
+                _raw_log_p(rows) if any(s.logprobs is not None for _, s in kept) else torch.full_like(noise, torch.nan)
+            )
+            parts.append(_score_rows(rows, p, q, last, noise, raw))
             last = p[-1].clone()
         return _joined(kept, parts)
 
@@ -154,6 +160,7 @@ class _Piece:
     """The columns of :class:`Scored` that come of the laws, for n rows."""
 
     log_p: np.ndarray
+    raw_log_p: np.ndarray  # of the logits as they are
     entropy: np.ndarray
     spread: np.ndarray
     pit: np.ndarray
@@ -162,7 +169,13 @@ class _Piece:
     directions: Pairs
 
 
-def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, noise: Tensor) -> _Piece:
+def _raw_log_p(rows: Rows) -> Tensor:
+    """[n]"""
+    logits = rows.logits if rows.logits.dtype == torch.float64 else rows.logits.float()
+    return at_tokens(logits, rows.tokens) - logits.logsumexp(-1)
+
+
+def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, noise: Tensor, raw: Tensor) -> _Piece:
     surprise = torch.where(p > 0, -p.log(), 0.0)
     entropy = (p * surprise).sum(-1)
     sets = {
@@ -176,6 +189,7 @@ def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, no
         draft_pit = _pit(p, order, rows.tokens, noise)
     return _Piece(
         log_p=_f64(at_tokens(p, rows.tokens).log()),
+        raw_log_p=_f64(raw),
         entropy=_f64(entropy),
         spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
         pit=_f64(_pit(p, p, rows.tokens, noise)),
@@ -203,13 +217,15 @@ def _joined(kept: Sequence[tuple[int, Sample]], parts: Sequence[_Piece]) -> Scor
     sample, position, offset = np.array(index, dtype=np.int64).reshape(-1, 3).T
     flat = {
         name: np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])
-        for name in ("log_p", "entropy", "spread", "pit", "draft_pit")
+        for name in ("log_p", "raw_log_p", "entropy", "spread", "pit", "draft_pit")
     }
+    reported = np.array([x for _, s in kept for x in s.logprobs or [math.nan] * len(s.token_ids)])
+    gaps = {"raw": np.abs(reported - flat.pop("raw_log_p")), "processed": np.abs(reported - flat["log_p"])}
     sizes = [len(part.log_p) for part in parts]
     ratios = _joined_pairs([part.ratios for part in parts], sizes)
     return Scored(
         sample, position, offset, ratios=ratios, directions=_joined_pairs([part.directions for part in parts], sizes),
-        **flat,
+        gaps=gaps, **flat,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from spec.audit.certificate import Certificate
 from spec.audit.diagnostics import Diagnostics
 from spec.audit.evidence import Capital, Evidence
@@ -39,7 +41,8 @@ class Settings:
     tokens: int = 50_000  # at most
     max_tokens: int = 32  # a request
     first_round: int = 8  # requests; every later round is twice as large, up to 64 first rounds
-    tolerance: float = 0.0  # share of tokens outside the target's support that rounding may cause (spec.audit.evidence)
+    tolerance: float = 0.0  # mass per token outside the target's support that rounding may cause (spec.audit.evidence)
+    logprob_gap: float = 0.05  # nats between a reported log-prob and ours that rounding may cause
     seed: int = 0
     stop_early: bool = True
 
@@ -109,7 +112,13 @@ def audit(
         clock["scoring"] += time.perf_counter() - middle
         left = settings.tokens - watch.tokens
         size = max(2, min(2 * size, 64 * settings.first_round, math.ceil(left / settings.max_tokens)))
-    return watch.verdict(engine.name, clock)
+    return unsure(watch.verdict(engine.name, clock), getattr(engine, "left_out", 0))
+
+
+def unsure(verdict: Verdict, left_out: int) -> Verdict:
+    """``undecided`` where an engine's adapter had to leave out answers: which ones was decided by what they say."""
+    tests = {**verdict.tests, "left_out": left_out}
+    return replace(verdict, tests=tests, verdict="undecided" if left_out else verdict.verdict)
 
 
 class Watch:
@@ -124,12 +133,27 @@ class Watch:
         self.evidence = Evidence(settings.tolerance, level=-math.log(settings.delta))
         self.certificate = Certificate(settings.delta)
         self.diagnostics = Diagnostics()
+        self._gaps: dict[str, float] = {}  # law that log-probs may be reported of -> largest gap to the reported ones
+        self._misreported: int | None = None  # tokens when neither law explained them
 
     def update(self, samples: Sequence[Sample], scored: Scored) -> None:
         """``scored``: of these samples, in this order, by one :class:`Scorer` for the whole audit."""
         self.evidence.update(scored)
         self.certificate.update(scored)
         self.diagnostics.update(scored, [sample.params for sample in samples])
+        for law, gaps in scored.gaps.items():
+            if not np.isnan(gaps).all():
+                self._gaps[law] = max(self._gaps.get(law, 0.0), min(float(np.nanmax(gaps)), 1e9))  # finite, for JSON
+        if self._misreported is None and self.logprob_gap is not None and self.logprob_gap > self.settings.logprob_gap:
+            self._misreported = self.tokens
+
+    @property
+    def logprob_gap(self) -> float | None:
+        """Largest |reported - due| log-prob, of the law (raw or processed) that fits better; None: none reported.
+
+        Arithmetic, not statistics: the text can be right and its log-probs another token's.
+        """
+        return min(self._gaps.values()) if self._gaps else None
 
     @property
     def tokens(self) -> int:
@@ -151,6 +175,8 @@ class Watch:
         """None while more tokens may tell. Once "different" it stays so; "equivalent" speaks of the tokens so far."""
         settings, shown = self.settings, self.evidence.reached
         spent = self.tokens >= settings.tokens
+        if shown is None and self._misreported is not None:
+            return "different" if spent or settings.stop_early else None
         if shown is not None:  # a little further, to name the fault
             named = self.tokens >= max(_TO_NAME, 4 * shown)
             return "different" if spent or (settings.stop_early and named) else None
@@ -176,9 +202,12 @@ class Watch:
             fault=fault,
             tests={
                 "log10_e": self.evidence.highest / math.log(10),
-                "decided_at": self.evidence.reached or self.tokens,
+                "decided_at": self.evidence.reached or self._misreported or self.tokens,
                 "bets": families,
                 "directions": self.certificate.table(),
+                "excluded": self.evidence.excluded(self.settings.delta),
+                "logprob_gap": self.logprob_gap,
+                "tolerance": self.settings.tolerance,
                 "standard": self.diagnostics.standard_tests(),
             },
             path=[(look.tokens, look.log_e / math.log(10)) for look in self.evidence.path],
@@ -188,6 +217,8 @@ class Watch:
 
     def _fault(self) -> Fault:
         """The named family with the largest capital, unless a shape has e^5 times that: then none is right."""
+        if self.evidence.reached is None and self.logprob_gap is not None:
+            return Fault("log-probs of another token", {"nats off": self.logprob_gap})
         name, best = max(self.evidence.named.items(), key=lambda item: item[1].log_mean)
         shape, bump = max(self.evidence.shapes.items(), key=lambda item: item[1].log_mean)
         if bump.log_mean > best.log_mean + 5:

@@ -26,14 +26,15 @@ class OurEngine:
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """Raises RuntimeError where the engine ends a request with an error."""
-        results = self.engine.generate([replace(request, stop_token_ids=()) for request in requests])
+        results = self.engine.generate([replace(r, stop_token_ids=(), logprobs=0) for r in requests])
         samples = []
         for request, result in zip(requests, results, strict=True):
             completion = result.completions[0]
             if completion.error is not None:
                 raise RuntimeError(f"{self.name}: {completion.error}")
             where = offsets(completion.from_draft, self.engine.mode)
-            samples.append(Sample(tuple(request.prompt_ids), tuple(completion.token_ids), request.params, where))
+            said = tuple(each.logprob for each in completion.logprobs or ())
+            samples.append(Sample(tuple(request.prompt_ids), tuple(completion.token_ids), request.params, where, said))
         return samples
 
 

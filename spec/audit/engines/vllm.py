@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Self
 
-from spec.audit.sample import Sample
+from spec.audit.sample import Sample, seeded
 from spec.request import Request
 
+_PATIENCE_S = 60.0
 REFUSED_WITH_DRAFTS = frozenset({"min_p", "logit_bias", "allowed_token_ids"})
 
 
@@ -50,24 +52,38 @@ class VllmEngine:
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
+        """Raises ValueError where vLLM is missing or does not start with these options."""
+        if importlib.util.find_spec("vllm") is None:
+            raise ValueError("vLLM is not installed here: install it, or audit a running server by its URL")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "spec.audit.engines.vllm_child"],
             env={**os.environ, **self._environment}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        self._ask(self._options)
+        try:
+            self._ask(self._options)
+        except RuntimeError as error:
+            raise ValueError(f"vLLM does not start: {error}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()  # the end of its work
-            self._process.wait(timeout=60)
+            try:
+                self._process.wait(timeout=_PATIENCE_S)
+            except subprocess.TimeoutExpired:  # it hangs
+                self._process.kill()
+                self._process.wait()
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        """End-of-text tokens are ignored. Raises RuntimeError if vLLM dies, with its standard error above."""
+        """End-of-text tokens are ignored. Every other pair of requests draws from the random state of the process: a
+        generator for each request would hide faults of that path.
+
+        Raises RuntimeError if vLLM dies, with its standard error above.
+        """
         asked = [{"prompt": list(r.prompt_ids), "max_tokens": r.max_tokens, **_fields(r)} for r in requests]
         return [
-            Sample(tuple(r.prompt_ids), tuple(tokens), r.params)
-            for r, tokens in zip(requests, self._ask(asked), strict=True)
+            Sample(tuple(r.prompt_ids), tuple(ids), r.params, None, tuple(said) if len(said) == len(ids) else None)
+            for r, (ids, said) in zip(requests, self._ask(asked), strict=True)
         ]
 
     def _ask(self, message: Any) -> Any:
@@ -85,8 +101,10 @@ class VllmEngine:
 def _fields(request: Request) -> dict[str, Any]:
     """As vLLM's SamplingParams names them."""
     p = asdict(request.params)
-    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
+    names = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
     fields = {name: p[name] for name in names}
+    if seeded(request.params.seed):
+        fields["seed"] = request.params.seed
     if request.params.top_k > 0:
         fields["top_k"] = request.params.top_k
     if request.params.logit_bias:

@@ -7,9 +7,11 @@ import os
 import sys
 from typing import Any, TextIO
 
+Answer = tuple[list[int], list[float]]  # token ids, and the log-prob of each as vLLM reports it
+
 
 def main() -> None:
-    """First line: options of the engine, answered by null; every other: requests, answered by lists of token ids."""
+    """First line: options of the engine, answered by null; every other: requests, answered by :data:`Answer` each."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what vLLM prints is not an answer
     from spec.vllm_engine import start_engine, stop_engine
@@ -22,7 +24,7 @@ def main() -> None:
     stop_engine(engine)
 
 
-def _complete(engine: Any, requests: list[dict[str, Any]]) -> list[list[int]]:
+def _complete(engine: Any, requests: list[dict[str, Any]]) -> list[Answer]:
     from vllm import SamplingParams
     from vllm.inputs.engine import tokens_input
 
@@ -30,14 +32,15 @@ def _complete(engine: Any, requests: list[dict[str, Any]]) -> list[list[int]]:
         prompt = request.pop("prompt")
         if "logit_bias" in request:
             request["logit_bias"] = {int(token): bias for token, bias in request["logit_bias"].items()}
-        # from the random state of the process: a generator per request would hide faults of the unseeded path
-        request.pop("seed")
-        params = SamplingParams(detokenize=False, ignore_eos=True, **request)
+        params = SamplingParams(detokenize=False, ignore_eos=True, logprobs=0, **request)
         engine.add_request(str(index), tokens_input(prompt), params)
-    completions: list[list[int]] = [[] for _ in requests]
+    completions: list[Answer] = [([], []) for _ in requests]
     while engine.has_unfinished_requests():
         for output in engine.step():
-            completions[int(output.request_id)] = list(output.outputs[0].token_ids)
+            tokens = list(output.outputs[0].token_ids)
+            reported = output.outputs[0].logprobs or []
+            logprobs = [of[token].logprob for token, of in zip(tokens, reported, strict=False)]
+            completions[int(output.request_id)] = tokens, logprobs
     return completions
 
 
