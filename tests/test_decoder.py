@@ -187,10 +187,25 @@ def test_quantised_products_are_those_of_the_rounded_weights() -> None:
         make_linear(weight, quantization="int3")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("missing", ["mkldnn", "bf16"])
+def test_where_onednn_has_no_bf16_products_torchs_own_are_used(missing: str, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("mkldnn_bf16 path needs a cpu with AVX512")
+
+    if missing == "mkldnn":
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refuse)
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(32, 64).bfloat16(), torch.randn(32).bfloat16(), torch.randn(3, 64).bfloat16()
+    assert torch.equal(make_linear(weight, bias)(x), torch.nn.functional.linear(x, weight, bias))
+
+
 def test_bias_is_added_in_every_kind() -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(32, 64).bfloat16(), torch.randn(32).bfloat16(), torch.zeros(3, 64).bfloat16()
-    for quantization in ("none", "int8", "int4"):
+    for quantization in ("none", "int8", "int4", "unpacked"):
         assert torch.equal(make_linear(weight, bias, quantization)(x), bias.expand(3, -1))  # type: ignore[arg-type]
 
 
@@ -216,11 +231,19 @@ def test_loading(tmp_path) -> None:
         load(tmp_path / "nowhere")
 
 
-def test_a_model_with_a_hidden_difference_is_refused(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+@pytest.mark.parametrize("vocabulary", [None, torch.arange(0, 80, 5)], ids=["whole", "reduced"])
+def test_a_model_with_a_hidden_difference_is_refused(quantization, vocabulary, tmp_path, monkeypatch) -> None:
+    """Quantised or not: what is decoded then is said to be the quantised target, exactly."""
     tiny(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    options = {"device": "cpu", "quantization": quantization, "vocabulary": vocabulary}
+    model = load(tmp_path, **options)
+    weights = read(LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16), "m")
+    direct = Decoder(weights, quantization=quantization, vocabulary=vocabulary)
+    assert torch.equal(alone(model, ids(20)), alone(direct, ids(20)))
     monkeypatch.setattr("spec.models.weights._norm", lambda module: torch.ones_like(module.weight).float())
     with pytest.raises(ValueError, match="differs from transformers' by"):
-        load(tmp_path, device="cpu")
+        load(tmp_path, **options)
 
 
 def test_capacity() -> None:

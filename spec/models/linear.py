@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Quantization = Literal["none", "int8", "int4"]
+Quantization = Literal["none", "int8", "int4", "unpacked"]
 _GROUP = 32  # weights that share a scale and a zero point, int4
 _TILE = 16  # rows computed together where nothing else keeps a row's result the same
 _PROBED = (2, 3, 8, 17)  # numbers of rows that are tried
@@ -30,7 +30,8 @@ class Linear(Protocol):
 def make_linear(weight: Tensor, bias: Tensor | None = None, quantization: Quantization = "none") -> Linear:
     """The fastest product of its kind for ``weight`` [N, K] where it lies.
 
-    - none, CPU, bf16: oneDNN on a pre-packed copy. Elsewhere: torch's own.
+    - none, CPU, bf16: oneDNN on a pre-packed copy, where this machine has such a product. Elsewhere: torch's own.
+    - unpacked: torch's own, whatever there is, on ``weight`` itself: slower, and takes no memory.
     - int8: one scale a row, weight-only (``torch._weight_int8pack_mm``); int4: a scale and a zero point for every 32
       weights (``_weight_int4pack_mm_for_cpu``). CPU and bf16 only; the quantised weights then *are* the model.
 
@@ -38,14 +39,20 @@ def make_linear(weight: Tensor, bias: Tensor | None = None, quantization: Quanti
     """
     if quantization not in get_args(Quantization):
         raise ValueError(f"unknown quantization {quantization!r}: choose one of {', '.join(get_args(Quantization))}")
-    packed = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if quantization == "none":
-        return _Packed(weight, bias) if packed and torch.backends.mkldnn.is_available() else _Plain(weight, bias)
-    if not packed:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if quantization in ("none", "unpacked"):
+        packed = quantization == "none" and on_cpu and _packs_bf16()
+        return _Packed(weight, bias) if packed else _Plain(weight, bias)
+    if not on_cpu:
         raise ValueError(
             f"{quantization} weights need a bf16 model on a CPU, this one is {weight.dtype} on {weight.device}"
         )
     return _Int8(weight, bias) if quantization == "int8" else _Int4(weight, bias)
+
+
+def _packs_bf16() -> bool:
+    """oneDNN is there, and has bf16 products for this CPU (AVX-512 or better): elsewhere they raise, or are slow."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 class _Plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,7 @@ def load(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = _from_pretrained(name, dtype or torch.bfloat16).to(device).eval()
     try:
-        decoder = Decoder(
-            read(model, str(name)), quantization=quantization, cache_tokens=cache_tokens, vocabulary=vocabulary
-        )
+        weights = read(model, str(name))
     except UnsupportedModel as reason:
         if quantization != "none" or vocabulary is not None:
             raise UnsupportedModel(
@@ -55,9 +54,14 @@ def load(
             ) from reason
         warnings.warn(f"{name} runs by transformers, several times slower: {reason}", stacklevel=2)
         return TransformersModel(model, name=str(name))
+    open_decoder = partial(Decoder, weights, cache_tokens=cache_tokens, vocabulary=vocabulary)
+    # Quantised logits are off by as much as a wrong forward pass may be: what is quantised afterwards is compared.
+    decoder = open_decoder(quantization="none" if quantization == "none" else "unpacked")
+    _check_alike(decoder, model, vocabulary)
     if quantization == "none":
-        _check_alike(decoder, model, vocabulary)
-    return decoder
+        return decoder
+    del decoder, model  # the matrices that ``read`` has fused lie in memory twice until then
+    return open_decoder(quantization=quantization)
 
 
 def _from_pretrained(name: str | Path, dtype: torch.dtype) -> PreTrainedModel:
