@@ -1,11 +1,15 @@
-"""Servers under load: plain and speculative, ours and vLLM's, the same requests from this process to each in turn.
+"""Servers under load: plain and speculative, ours and vLLM's, the same requests from this process to each.
 
-Three loads of ``--requests`` streamed chats each, every answer exactly ``--tokens`` long:
+Three loads of ``--requests`` streamed chats each, no prompt twice, every answer exactly ``--tokens`` long:
 
 - ``alone``: closed loop, one client, the next request when the last has ended (batch 1);
 - ``full``: closed loop, ``--clients`` clients, so that the server is saturated;
 - ``poisson``: open loop, arrivals at random at ``--rate`` requests a second, whether or not the server keeps up.
-  By default at 0.7 of what our plain server finished a second when full; the same for every server.
+  By default at 0.7 of what the first server of the first round finished a second when full; the same for every server.
+
+The requests are spread over ``--rounds``. In every other round the servers come in the opposite order, and ratios are
+taken within a round, since a machine's speed drifts. 32 tokens an answer keep four servers below 25 minutes on two
+cores; ``--loads alone --tokens 96`` is what benchmarks/decode.py measures at batch 1: only then are the two compared.
 
 Time to first token is taken from sending the request; per-token latency is a request's mean over the tokens after its
 first. vLLM's server is started by ``python -m spec.serve --backend vllm``, with this project's repairs and tuning.
@@ -18,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import random
 import signal
 import socket
 import statistics
@@ -26,19 +29,21 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 from benchmarks.common import ROOT, finish, tuned_cpu_env
+from benchmarks.serve_load import MODEL, Load, Timing, figures
 
-MODEL = "bench"
 START_S = 600.0
+LOADS = ("alone", "full", "poisson")
+_WARM_UP = 4
+_DECODE = ROOT / "benchmarks/results/decode.json"
+Found = dict[str, dict[str, list[list[Timing]]]]  # server -> load -> a list of timings each round
 
 
 def arguments() -> argparse.Namespace:
@@ -47,97 +52,22 @@ def arguments() -> argparse.Namespace:
     add("--target", default=str(Path.home() / ".cache/onpolicy/smollm2-135m-instruct-v1"), metavar="DIR")
     add("--draft", default=str(ROOT / "runs/quickstart/student"), metavar="DIR", help="the quickstart's student")
     add("--servers", nargs="+", default=["ours-plain", "ours-speculative", "vllm-plain", "vllm-speculative"])
-    add("--requests", type=int, default=200, help="of each load")
-    add("--tokens", type=int, default=64, help="of every answer")
+    add("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    add("--requests", type=int, default=200, help="of each load, all rounds together")
+    add("--rounds", type=int, default=2)
+    add("--tokens", type=int, default=32, help="of every answer")
     add("--clients", type=int, default=32, help="of the full load")
     add("--rate", type=float, help="requests a second of the Poisson load")
     add("--temperature", type=float, default=1.0)
+    add("--draft-length", default="auto", metavar="K|auto", help="of our server")
     add("--vllm-draft-length", type=int, default=2, help="vLLM drafts a fixed number of tokens")
     add("--json", metavar="OUT", help="write the result here too")
-    return parser.parse_args()
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One answered request, seconds."""
-
-    sent: float
-    first: float
-    last: float
-    tokens: int
-
-    @property
-    def per_token(self) -> float:
-        return (self.last - self.first) / (self.tokens - 1) if self.tokens > 1 else 0.0
-
-
-class Load:
-    """Streamed chats to one server. Raises RuntimeError for an answer that is an error or of the wrong length."""
-
-    def __init__(self, url: str, prompts: Sequence[str], tokens: int, temperature: float):
-        self._prompts, self._tokens, self._temperature = prompts, tokens, temperature
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self._client = httpx.AsyncClient(base_url=url, timeout=600, limits=limits)
-
-    async def ask(self, i: int) -> Timing:
-        """Request i, to its end."""
-        body = {
-            "model": MODEL, "messages": [{"role": "user", "content": self._prompts[i]}], "stream": True,
-            "max_tokens": self._tokens, "temperature": self._temperature, "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        sent, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
-        async with self._client.stream("POST", "/v1/chat/completions", json=body) as answer:
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                chunk = json.loads(line[6:])
-                if chunk.get("usage"):
-                    tokens = chunk["usage"]["completion_tokens"]
-                if any(choice["delta"].get("content") for choice in chunk.get("choices", ())):
-                    last = time.perf_counter()
-                    first = first or last
-        if answer.status_code != 200 or tokens != self._tokens:
-            raise RuntimeError(f"request {i}: status {answer.status_code}, {tokens} tokens instead of {self._tokens}")
-        return Timing(sent, first, last, tokens)
-
-    async def closed(self, clients: int) -> list[Timing]:
-        """Every client sends its next request when its last has ended."""
-        waiting, done = iter(range(len(self._prompts))), []
-
-        async def client() -> None:
-            for i in waiting:
-                done.append(await self.ask(i))
-
-        await asyncio.gather(*(client() for _ in range(clients)))
-        return done
-
-    async def poisson(self, rate: float) -> list[Timing]:
-        """Arrivals with exponential gaps, the same for every server."""
-        draw, tasks = random.Random(0), []
-        for i in range(len(self._prompts)):
-            tasks.append(asyncio.create_task(self.ask(i)))
-            await asyncio.sleep(draw.expovariate(rate))
-        return list(await asyncio.gather(*tasks))
-
-    async def close(self) -> None:
-        await self._client.aclose()
-
-
-def figures(timings: Sequence[Timing]) -> dict[str, float]:
-    """Throughput over the whole load; latencies at p50 and p95, milliseconds."""
-    seconds = max(t.last for t in timings) - min(t.sent for t in timings)
-
-    def at(values: list[float], name: str) -> dict[str, float]:
-        cuts = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else values * 19
-        return {f"{name}_p50_ms": 1000 * cuts[9], f"{name}_p95_ms": 1000 * cuts[18]}
-
-    return {
-        "tok_s": sum(t.tokens for t in timings) / seconds,
-        "requests_s": len(timings) / seconds,
-        **at([t.first - t.sent for t in timings], "ttft"),
-        **at([t.per_token for t in timings], "per_token"),
-    }
+    args = parser.parse_args()
+    if "poisson" in args.loads and "full" not in args.loads and args.rate is None:
+        parser.error("--rate is needed for the Poisson load without the full one")
+    if not 1 <= args.rounds <= args.requests:
+        parser.error("--rounds must be at least 1 and at most --requests")
+    return args
 
 
 def command(server: str, args: argparse.Namespace, port: int) -> list[str]:
@@ -149,7 +79,8 @@ def command(server: str, args: argparse.Namespace, port: int) -> list[str]:
     run += ["--port", str(port), "--max-model-len", "2048", "--max-running", "64"]
     run += ["--backend", "torch" if backend == "ours" else "vllm"]
     if kind == "speculative":
-        run += ["--draft", args.draft, "--draft-length", "auto" if backend == "ours" else str(args.vllm_draft_length)]
+        length = args.draft_length if backend == "ours" else str(args.vllm_draft_length)
+        run += ["--draft", args.draft, "--draft-length", length]
     return run
 
 
@@ -178,7 +109,7 @@ def running(server: str, args: argparse.Namespace) -> Iterator[str]:
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)  # with the engine processes vLLM starts
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
 
@@ -190,45 +121,48 @@ def _healthy(url: str) -> bool:
 
 
 def prompts(count: int) -> list[str]:
-    """The built-in word problems."""
+    """So many of the built-in word problems, no two the same: a cache of prefixes must not favour a later load."""
     from onpolicy.prompts import word_problems
 
-    return [problem.question for problem in islice(word_problems(1), count)]
+    found: dict[str, None] = {}
+    for problem in word_problems(1):
+        found[problem.question] = None
+        if len(found) == count:
+            return list(found)
+    raise AssertionError("the built-in problems have no end")
 
 
-async def measure(url: str, args: argparse.Namespace, rate: float | None) -> dict[str, dict[str, float]]:
-    """All loads on one server, after a few requests of warm-up."""
-    questions = prompts(args.requests)
-    warm = Load(url, questions[:4], args.tokens, args.temperature)
-    load = Load(url, questions, args.tokens, args.temperature)
-    await warm.closed(4)
+def shares(args: argparse.Namespace) -> tuple[list[str], list[dict[str, list[str]]]]:
+    """Prompts of the warm-up, and of each round's loads: all of them disjoint."""
+    asked = iter(prompts(_WARM_UP + args.requests * len(args.loads)))
+    warm_up = [next(asked) for _ in range(_WARM_UP)]
+    sizes = [len(range(i, args.requests, args.rounds)) for i in range(args.rounds)]
+    return warm_up, [{load: [next(asked) for _ in range(size)] for load in args.loads} for size in sizes]
+
+
+async def measure(
+    url: str, args: argparse.Namespace, warm_up: list[str], share: Mapping[str, list[str]], rate: float | None
+) -> dict[str, list[Timing]]:
+    """One round's loads on one server. ``rate`` None: 0.7 of what the full load finishes a second."""
+    load = Load(url, args.tokens, args.temperature)
+    await load.closed(warm_up, _WARM_UP)
     found = {}
-    loads: dict[str, Any] = {"alone": lambda: load.closed(1), "full": lambda: load.closed(args.clients)}
-    for name, run in loads.items():
-        found[name] = figures(await run())
-    rate = rate or 0.7 * found["full"]["requests_s"]
-    work: Coroutine[Any, Any, list[Timing]] = load.poisson(rate)
-    found["poisson"] = {**figures(await work), "rate": rate}
-    await warm.close()
+    for name, asked in share.items():
+        if name == "poisson":
+            found[name] = await load.poisson(asked, rate or default_rate(found["full"]), seed=0)
+        else:
+            found[name] = await load.closed(asked, 1 if name == "alone" else args.clients)
     await load.close()
     return found
 
 
-def main() -> None:
-    args = arguments()
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    rate = args.rate
-    for server in args.servers:
-        with running(server, args) as url:
-            found[server] = asyncio.run(measure(url, args, rate))
-        rate = rate or found[server]["poisson"]["rate"]
-        for load, row in found[server].items():
-            print(f"{server:18}{load:9}" + "".join(f"{name} {row[name]:.1f}  " for name in row), flush=True)
-    finish({"settings": {k: v for k, v in vars(args).items() if k != "json"}, **found, **ratios(found)}, args.json)
+def default_rate(full: list[Timing]) -> float:
+    """Of the Poisson load."""
+    return 0.7 * figures([full])["requests_s"]
 
 
-def ratios(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
-    """Speculative over plain, and ours over vLLM's, in tokens a second."""
+def ratios(found: Found) -> dict[str, dict[str, Any]]:
+    """Tokens a second of one server over another's in the same round: every round's, and their median."""
     result = {}
     for name, over, under in (
         ("ours_speculative_over_plain", "ours-speculative", "ours-plain"),
@@ -236,10 +170,73 @@ def ratios(found: dict[str, dict[str, dict[str, float]]]) -> dict[str, float]:
         ("ours_over_vllm_plain", "ours-speculative", "vllm-plain"),
         ("ours_over_vllm_speculative", "ours-speculative", "vllm-speculative"),
     ):
-        if over in found and under in found:
-            for load in ("alone", "full"):
-                result[f"{name}_{load}"] = found[over][load]["tok_s"] / found[under][load]["tok_s"]
+        for load in ("alone", "full"):
+            if load in found.get(over, {}) and load in found.get(under, {}):
+                pairs = zip(found[over][load], found[under][load], strict=True)
+                each = [figures([a])["tok_s"] / figures([b])["tok_s"] for a, b in pairs]
+                result[f"{name}_{load}"] = {"median": statistics.median(each), "rounds": each}
     return result
+
+
+def checks(measured: Mapping[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, Any]:
+    """What the server has to reach, and what it is held against; None where it was not measured."""
+    full, alone = (measured.get(f"ours_speculative_over_plain_{load}") for load in ("full", "alone"))
+    row, why_not = decode_row(args)
+    gain = None if row is None else row["ratio_own_plain"]
+    return {
+        "saturated_at_least_0.95_of_plain": full and full["median"] >= 0.95,
+        "batch_1_gain_at_least_decodes_less_10_percent": (
+            None if gain is None or alone is None else alone["median"] >= 0.9 * gain
+        ),
+        "decode": {"gain": gain, "draft_length": row and row["draft_length"], "not_compared": why_not},
+    }
+
+
+def decode_row(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str | None]:
+    """The same work without a server, from benchmarks/decode.py's result; or None and why it cannot be compared."""
+    if not _DECODE.exists():
+        return None, f"there is no {_DECODE.relative_to(ROOT)}"
+    result = json.loads(_DECODE.read_text())
+    theirs, mine = result["settings"]["tokens"], args.tokens
+    if theirs != mine:
+        return None, f"it measured answers of {theirs} tokens, not {mine}: give --tokens {theirs}"
+    wanted = {"workload": "problems", "engine": "ours", "drafter": "draft", "batch": 1, "temperature": args.temperature}
+    for row in result["results"]:
+        if all(row[name] == value for name, value in wanted.items()):
+            return row, None
+    return None, f"it has no row for {wanted}"
+
+
+def main() -> None:
+    args = arguments()
+    warm_up, rounds = shares(args)
+    found: Found = {server: {load: [] for load in args.loads} for server in args.servers}
+    rate = args.rate
+    for index, share in enumerate(rounds):
+        for server in args.servers[:: -1 if index % 2 else 1]:
+            with running(server, args) as url:
+                timings = asyncio.run(measure(url, args, warm_up, share, rate))
+            if rate is None and "full" in timings:
+                rate = default_rate(timings["full"])
+            for load, mine in timings.items():
+                found[server][load].append(mine)
+                print_row(f"round {index + 1}  {server}", load, figures([mine]))
+    rows = {server: {load: figures(each) for load, each in loads.items()} for server, loads in found.items()}
+    print("\nall rounds")
+    for server, loads in rows.items():
+        for load, row in loads.items():
+            print_row(server, load, row)
+    measured = ratios(found)
+    for name, ratio in measured.items():
+        print(f"{name:40}{ratio['median']:6.2f}   " + "  ".join(f"{each:.2f}" for each in ratio["rounds"]))
+    held = checks(measured, args)
+    print(*(f"{name}: {value}" for name, value in held.items()), sep="\n")
+    settings = {name: value for name, value in vars(args).items() if name != "json"} | {"rate": rate}
+    finish({"settings": settings, "servers": rows, "ratios": measured, "checks": held}, args.json)
+
+
+def print_row(title: str, load: str, row: Mapping[str, float]) -> None:
+    print(f"{title:28}{load:9}" + "".join(f"{name} {row[name]:.1f}  " for name in row), flush=True)
 
 
 if __name__ == "__main__":
