@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from spec.vllm_engine import quiet, survive_numba
-from spec.vllm_plugin import guard, imports, reference, repairs, selftest
+from spec.vllm_plugin import configuration, guard, imports, reference, repairs, selftest
 
 CPU = torch.device("cpu")
 OTHER_VERSION = "0.99.0"
@@ -314,6 +314,62 @@ def test_the_v2_sampler_is_refused_and_a_module_without_sampler_is_left_alone() 
     guard.refuse_untested(module)
     with pytest.raises(RuntimeError, match="VLLM_USE_V2_MODEL_RUNNER=0"):
         module.RejectionSampler("sampler", device=CPU)
+
+
+SOURCES = {
+    "v1/sample/rejection_sampler.py": "class RejectionSampler: ...",
+    "v1/worker/gpu/model_runner.py": "",
+    "v1/worker/gpu/spec_decode/rejection_sampler.py": "from .other import Sampler as RejectionSampler",
+}
+UNKNOWN: dict[str, tuple[dict[str, str | None], str | None]] = {
+    "as known": ({}, None),
+    "without a V2 runner": (dict.fromkeys(list(SOURCES)[1:]), None),
+    "V1 renamed": ({"v1/sample/rejection_sampler.py": "class SpeculativeSampler: ..."}, "vllm.v1.sample.rej"),
+    "V1 moved": ({"v1/sample/rejection_sampler.py": None}, "vllm.v1.sample.rejection_sampler.RejectionSampler"),
+    "V2 renamed": ({"v1/worker/gpu/spec_decode/rejection_sampler.py": "RejectionSampler: type"}, "vllm.v1.worker.gpu"),
+    "V2 moved": ({"v1/worker/gpu/spec_decode/rejection_sampler.py": None}, "vllm.v1.worker.gpu.spec_decode"),
+}
+
+
+@pytest.mark.parametrize(("changed", "unknown"), UNKNOWN.values(), ids=UNKNOWN)
+def test_speculation_is_refused_where_a_sampler_is_not_what_is_known(
+    changed: dict[str, str | None], unknown: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = pytest.importorskip("vllm")
+    module = importlib.import_module("vllm.config.speculative")
+    build = module.SpeculativeConfig.__init__
+    monkeypatch.setattr(module.SpeculativeConfig, "__init__", getattr(build, "__wrapped__", build))
+    for name, source in {**SOURCES, **changed}.items():
+        if source is not None:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(source)
+    monkeypatch.setattr(vllm, "__file__", str(tmp_path / "__init__.py"))
+    configuration.watch(module)
+    configuration.watch(module)
+
+    def configured() -> Any:
+        return module.SpeculativeConfig(method="ngram", num_speculative_tokens=2, prompt_lookup_max=3)
+
+    if unknown is None:
+        assert configured().num_speculative_tokens == 2
+    else:
+        with pytest.raises(RuntimeError, match=f"has no {unknown}.*not trusted.* start without speculative_config"):
+            configured()
+
+
+def test_the_installed_vllm_has_the_samplers_that_are_known() -> None:
+    vllm = pytest.importorskip("vllm")
+    assert configuration.unknown_sampler(Path(vllm.__file__).parent) is None
+
+
+def test_registering_watches_the_configuration() -> None:
+    pytest.importorskip("vllm")
+    program = (
+        "from spec.vllm_plugin import register; register()\n"
+        "from vllm.config import SpeculativeConfig; print(hasattr(SpeculativeConfig.__init__, 'guarded'))"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split()[-1] == "True"
 
 
 def test_actions_wait_for_the_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ import logging
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from spec.vllm_plugin.configuration import SAMPLER
+
 if TYPE_CHECKING:
     import torch
 
@@ -25,8 +27,7 @@ def watch(sampler: ModuleType) -> None:
 
     Such a construction raises RuntimeError, with the remedy, where :func:`ensure_exact` does.
     """
-    if not hasattr(sampler, "RejectionSampler"):
-        _logger.warning("%s has no RejectionSampler: speculative decoding goes unexamined", sampler.__name__)
+    if not hasattr(sampler, SAMPLER):  # imported without speculation too: refused where that is configured
         return
     build = sampler.RejectionSampler.__init__
     if hasattr(build, "guarded"):
@@ -83,7 +84,7 @@ def refuse_untested(sampler: ModuleType) -> None:
             f"VLLM_USE_V2_MODEL_RUNNER=0 to use the V1 runner, which has one. {_SKIP}"
         )
 
-    if hasattr(sampler, "RejectionSampler"):
+    if hasattr(sampler, SAMPLER):
         sampler.RejectionSampler.__init__ = refuse
 
 
