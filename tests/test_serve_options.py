@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from spec.serve.backend import choose, vllm_command
+from spec.serve import backend, choice
+from spec.serve.backend import vllm_command
+from spec.serve.choice import Trial, cache_file, cause, choose, verdict
 from spec.serve.options import parse
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +31,7 @@ def test_help_is_quick() -> None:
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("serve_*.yaml")), ids=lambda path: path.stem)
 def test_shipped_configs_parse(path: Path) -> None:
     options = parse(["--config", str(path)])
-    assert options.target and choose(options)
+    assert options.target and backend.vllm_speculation(options)
 
 
 def test_the_command_line_has_the_last_word_and_keys_come_from_the_environment(tmp_path, monkeypatch) -> None:
@@ -53,6 +57,7 @@ def test_the_command_line_has_the_last_word_and_keys_come_from_the_environment(t
         ("just text", "unknown option 'the file'"),
         ("draft: ngram", "--target is missing"),
         ("target: a/b\nmax_running: 0", "--max-running must be at least 1"),
+        ("target: a/b\nmax_model_len: 0", "--max-model-len must be at least 1"),
     ),
 )
 def test_config_mistakes_end_with_status_2(text: str, message: str, tmp_path, capsys) -> None:
@@ -63,31 +68,107 @@ def test_config_mistakes_end_with_status_2(text: str, message: str, tmp_path, ca
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "gpu", "installed", "expected"),
-    (
-        ((), False, True, ("torch", "no GPU")),
-        ((), True, True, ("vllm", "a GPU")),
-        ((), True, False, ("torch", "not installed")),
-        (("--device", "cpu"), True, True, ("torch", "no GPU")),
-        (("--mode", "token"), True, True, ("torch", "--mode")),
-        (("--draft", "suffix"), True, True, ("torch", "no drafter 'suffix'")),
-        (("--backend", "torch"), True, True, ("torch", "asked for")),
-        (("--backend", "vllm"), False, True, ("vllm", "asked for")),
-    ),
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpu=..., vllm=..., plugin=...)``: what is there, whatever is here."""
+
+    def make(gpu: bool = False, vllm: str | None = "cpu", plugin: bool = True) -> None:
+        class Point:
+            value = "spec.vllm_plugin:register"
+
+        monkeypatch.setattr(backend, "gpu", lambda options: gpu)
+        monkeypatch.setattr(backend, "vllm_build", lambda: vllm)
+        monkeypatch.setattr(backend.metadata, "entry_points", lambda group: [Point] * plugin)
+
+    return make
+
+
+LACKS = (
+    ((), {"vllm": None}, "not installed"),
+    ((), {"plugin": False}, "does not see the plugin"),
+    (("--mode", "token", "--max-waiting", "3"), {}, "only the torch backend has --max-waiting, --mode"),
+    (("--draft", "suffix"), {}, "no drafter 'suffix'"),
+    (("--draft", "ngram+a/b"), {}, "no drafter 'ngram+a/b'"),
+    (("--device", "cpu"), {"gpu": True, "vllm": "cuda"}, "--device cpu: the vLLM that is installed runs on cuda"),
+    (("--device", "cuda"), {}, "--device cuda: the vLLM that is installed runs on cpu"),
+    ((), {"vllm": "cuda"}, "needs a GPU"),
 )
-def test_auto_says_which_backend_and_why(arguments, gpu, installed, expected, monkeypatch) -> None:
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(Path, "exists", lambda path: gpu)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if installed else None)
-    backend, why = choose(parse(["--target", "a/b", *arguments]))
-    assert backend == expected[0] and expected[1] in why
 
 
-def test_vllm_refuses_what_it_would_drop() -> None:
-    options = parse(["--target", "a/b", "--backend", "vllm", "--mode", "token", "--max-waiting", "3"])
-    with pytest.raises(ValueError, match="--max-waiting, --mode: only the torch backend"):
-        choose(options)
+@pytest.mark.parametrize(("arguments", "here", "reason"), LACKS)
+def test_what_vllm_cannot_do_is_refused_where_asked_for_and_torchs_under_auto(
+    arguments, here, reason, machine, monkeypatch
+) -> None:
+    """One predicate for both; nothing is tried."""
+    machine(**here)
+    monkeypatch.setattr(choice, "_run", None)
+    backend_, why = choose(parse(["--target", "a/b", *arguments]))
+    assert backend_ == "torch" and reason in why
+    with pytest.raises(ValueError, match=f"--backend vllm: .*{re.escape(reason)}.*--backend torch"):
+        choose(parse(["--target", "a/b", "--backend", "vllm", *arguments]))
+
+
+def test_what_is_asked_for_is_taken_untried(machine, monkeypatch) -> None:
+    machine()
+    monkeypatch.setattr(choice, "_run", None)
+    for name in ("torch", "vllm"):
+        assert choose(parse(["--target", "a/b", "--backend", name])) == (name, "asked for")
+
+
+def test_auto_takes_the_fastest_and_remembers(machine, monkeypatch, tmp_path, capsys) -> None:
+    """Tried once for the same options, models and versions; again where one of them changed, or on demand."""
+    monkeypatch.setenv("ONPOLICY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/weights").write_text("1")
+    machine()
+    tried = []
+
+    def run(name, options):
+        tried.append(name)
+        return Trial(tokens_per_second={"torch": 90.0, "vllm": 60.0}[name])
+
+    monkeypatch.setattr(choice, "_run", run)
+    arguments = ["--target", str(tmp_path / "model"), "--draft", "ngram"]
+    name, why = choose(parse(arguments))
+    assert name == "torch" and "90 tokens/s, 1.50 times vllm's 60" in why and tried == ["torch", "vllm"]
+    assert "trying vllm" in capsys.readouterr().err
+    name, why = choose(parse([*arguments, "--port", "81", "--api-key", "x"]))
+    assert name == "torch" and "--retry-backends" in why and len(tried) == 2
+    assert "x" not in cache_file(parse(arguments)).read_text()
+    choose(parse([*arguments, "--retry-backends"]))
+    assert len(tried) == 4
+    choose(parse([*arguments, "--dtype", "float32"]))
+    assert len(tried) == 6
+    os.utime(tmp_path / "model/weights", (1, 1))
+    choose(parse(arguments))
+    assert len(tried) == 8
+    cache_file(parse(arguments)).write_text("{")  # a broken file is none
+    choose(parse(arguments))
+    assert len(tried) == 10
+
+
+def test_a_backend_that_fails_is_not_taken_however_fast_the_other_is_not() -> None:
+    name, why = verdict({"torch": Trial(1.0), "vllm": Trial(failure="sampling is not exact")}, "now")
+    assert name == "torch" and "vllm failed: sampling is not exact" in why
+    assert verdict({"torch": Trial(1.0), "vllm": Trial(2.0)}, "now")[0] == "vllm"
+    with pytest.raises(ValueError, match="torch failed: a; vllm failed: b"):
+        verdict({"torch": Trial(failure="a"), "vllm": Trial(failure="b")}, "now")
+
+
+def test_a_failed_trial_says_its_innermost_reason() -> None:
+    text = (
+        "INFO 11-26 [core.py:1] hello\n(EngineCore pid=3) ERROR 11-26 11:02:03 [core.py:99] ValueError: no such head\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\nerror: vllm ended with status 1\n"
+    )
+    assert cause(text) == "ValueError: no such head"
+    assert cause("warning\nerror: start-up self-test: wrong\n") == "start-up self-test: wrong"
+
+
+def test_a_trial_that_cannot_load_fails_with_the_reason(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ONPOLICY_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "config.json").write_text("{}")
+    trial = choice._run("torch", parse(["--target", str(tmp_path)]))
+    assert trial.tokens_per_second is None and trial.failure
 
 
 def test_vllms_server_gets_a_speculative_configuration_and_no_secret_on_its_command_line(monkeypatch) -> None:
@@ -105,8 +186,7 @@ def test_vllms_server_gets_a_speculative_configuration_and_no_secret_on_its_comm
     assert "VLLM_PLUGINS" not in command.environment  # "" would leave the plugin out, and with it its repairs
     plain = vllm_command(parse(["--target", "a/b", "--draft", "c/d", "--draft-length", "0"]))
     assert "--speculative-config" not in plain.argv
-    with pytest.raises(ValueError, match="no drafter 'suffix'"):
-        vllm_command(parse(["--target", "a/b", "--draft", "suffix"]))
+    assert arguments["--load-format"] == "safetensors"
 
 
 @pytest.mark.parametrize(
@@ -125,3 +205,17 @@ def test_mistakes_end_before_anything_is_loaded(arguments, message: str, tmp_pat
     assert main([*given, "--backend", "torch"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("error: ") and message in last
+
+
+@pytest.mark.parametrize(("asked_for", "status"), (("auto", 0), ("vllm", 7)))
+def test_auto_falls_back_where_vllm_dies_before_it_is_ready(asked_for, status, tmp_path, monkeypatch, capsys) -> None:
+    """With ``--backend vllm`` its end is the server's."""
+    from spec.serve import __main__ as program
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(program, "choose", lambda options: ("vllm", "fast"))
+    monkeypatch.setattr(program, "supervise", lambda *_: program.Outcome(7, ready=False))
+    monkeypatch.setattr(program, "serve", lambda options, listener: 0)
+    assert program.main(["--target", str(tmp_path), "--port", "0", "--backend", asked_for]) == status
+    said = "backend: torch (vLLM's server ended with status 7 before it was ready)" in capsys.readouterr().err
+    assert said == (asked_for == "auto")

@@ -37,7 +37,9 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     add("--target", metavar="DIR", help="model directory or hub id")
     add("--draft", metavar="DIR", help=f"{loading.DRAFT_HELP}; without it, no drafts")
     add("--served-model-name", metavar="NAME", help="in /v1/models; default: the target's last path component")
-    add("--backend", choices=("auto", "torch", "vllm"), default="auto", help="torch: this engine; vllm: vLLM's server")
+    add("--backend", choices=("auto", "torch", "vllm"), default="auto", help="torch: this engine; vllm: vLLM's server; "
+        "auto: the fastest that passes its self-test, tried once and remembered")  # fmt: skip
+    add("--retry-backends", action="store_true", help="with --backend auto: try them again")
     add("--draft-length", default="auto", metavar="K|auto", help="tokens to draft a step; auto adapts to what pays")
     add("--drafting", choices=("probabilistic", "greedy"), default="probabilistic", help="how a draft model drafts")
     add("--draft-quantization", choices=("auto", "none", "int8", "int4"), default="auto", help="of a draft's weights")
@@ -87,8 +89,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, os.environ.get(variable) or None)
     for name, least in (("max_running", 1), ("max_waiting", 0), ("default_max_tokens", 1), ("max_body", 1024),
-                        ("request_timeout", 0.001), ("drain_timeout", 0), ("cache_tokens", 16)):  # fmt: skip
-        if getattr(options, name) < least:
+                        ("request_timeout", 0.001), ("drain_timeout", 0), ("cache_tokens", 16),
+                        ("max_model_len", 1)):  # fmt: skip
+        value = getattr(options, name)
+        if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
     if not 0 <= options.port < 65536:
         parser.error(f"--port {options.port}: must be in 0..65535")

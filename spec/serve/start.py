@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from spec import loading
-from spec.serve.backend import default_name
+from spec.serve.backend import model_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,14 +26,11 @@ _MOST_CHOICES = 128  # of one call
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(options: Namespace) -> int:
-    """Serves until SIGTERM, SIGINT or a failure of the engine; 0 or 1.
+def serve(options: Namespace, listener: socket.socket) -> int:
+    """Serves on a bound socket until SIGTERM, SIGINT or a failure of the engine; 0 or 1.
 
-    Raises ValueError or OSError, with the remedy, for what cannot start, cheapest checks first.
+    Raises ValueError or OSError, with the remedy, for what cannot start.
     """
-    loading.draft_length(options.draft_length)
-    loading.check_names(options.target, options.draft)
-    listener = _bind(options.host, options.port)  # before minutes of loading
     if sys.platform == "linux":  # hot swaps: the kernels of a draft being loaded run beside the engine thread's
         os.environ.setdefault("NUMBA_THREADING_LAYER", "threadsafe")
     service = make_service(options)
@@ -77,13 +74,13 @@ def make_service(options: Namespace) -> Service:
     from spec.serve.texts import Texts
     from spec.serve.worker import Worker
 
-    parts = _load(options)
+    parts = load(options)
     drafter = parts.tested_drafter(options.draft)
     engine = Engine(
         parts.target, drafter, tokenizer=parts.tokenizer, draft_length=loading.draft_length(options.draft_length),
         mode=options.mode, max_running=options.max_running,
     )  # fmt: skip
-    name = options.served_model_name or default_name(options.target)
+    name = model_name(options)
     metrics = Metrics(name, lambda: engine.load)
     worker = Worker(
         engine, max_running=options.max_running, max_waiting=options.max_waiting, on_result=metrics.observe
@@ -135,7 +132,8 @@ class _Parts:
         return drafter
 
 
-def _load(options: Namespace) -> _Parts:
+def load(options: Namespace) -> _Parts:
+    """Target, tokenizer, and how drafters are loaded. Raises ValueError or OSError with the remedy."""
     import transformers
 
     from spec.allocator import keep_freed_memory
@@ -178,7 +176,7 @@ def _policy(options: Namespace) -> Policy:
     )
 
 
-def _bind(host: str, port: int) -> socket.socket:
+def bind(host: str, port: int) -> socket.socket:
     """Reserves the address; nobody is answered before the server listens. Raises ValueError."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -191,13 +189,17 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
+def address(host: str, port: int) -> str:
+    """The URL of a server."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
 def _announce(service: Service, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
-    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     if host not in _LOOPBACK and service.policy.keys.api is None:
         service.log.write("warning", message="open to the network without a key: set --api-key or SPEC_API_KEY")
     current = service.drafts.current
     service.log.write(
-        "ready", url=url, model=service.name, draft=current.name, draft_length=current.length,
+        "ready", url=address(host, port), model=service.name, draft=current.name, draft_length=current.length,
         max_model_len=service.base_limits.context,
     )  # fmt: skip
