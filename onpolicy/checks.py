@@ -96,7 +96,7 @@ def check_panel_tokenizers(
         others, rows: tokenizer and output rows by the option that names the model. One without a chat template of its
             own is taken to be a base model, which knows no other rendering either.
     """
-    used = max(teacher.get_vocab().values()) + 1
+    used = used_ids(teacher)
     for option, tokenizer in others.items():
         if different := different_tokens(teacher, tokenizer):
             raise ValueError(
@@ -137,12 +137,17 @@ def check_vocabularies(
             "teacher scores the student's tokens one by one, so both must share a vocabulary: choose a student of the "
             "teacher's family, or prune one from it (leave student.model unset)"
         )
-    used = max(student.get_vocab().values()) + 1
+    used = used_ids(student)
     if used > min(teacher_rows, student_rows):
         raise ValueError(
             f"the tokenizer has ids up to {used - 1} but the teacher has {teacher_rows} output rows and the student "
             f"{student_rows}: a model without a row for every token cannot be scored; use matching checkpoints"
         )
+
+
+def used_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many ids the tokenizer has, from 0 to its highest."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def different_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> list[str]:

@@ -115,16 +115,22 @@ def base_model(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator,return-value]
 
 
-def head_weight(model: nn.Module) -> torch.Tensor:
-    """The output matrix [V, D] as it acts, a LoRA update on it included (gradients flow to both factors)."""
+def head_weight(model: nn.Module, used: int | None = None) -> torch.Tensor:
+    """The output matrix [V, D] as it acts, a LoRA update on it included (gradients flow to both factors).
+
+    ``used``: ids of the tokenizer; rows beyond them (padding for speed) are left out.
+    """
     head = base_model(model).get_output_embeddings()
     lora = getattr(head, "lora_A", None)
-    if not lora:
-        return head.weight
-    weight = head.get_base_layer().weight
-    for name in head.active_adapters:
+    weight = head.get_base_layer().weight if lora else head.weight
+    for name in head.active_adapters if lora else ():
         weight = weight + head.scaling[name] * head.lora_B[name].weight @ head.lora_A[name].weight
-    return weight
+    return used_rows(weight, used)
+
+
+def used_rows(head: torch.Tensor, used: int | None) -> torch.Tensor:
+    """[V, ...] -> [used, ...], a view; the tensor itself where it has no rows beyond, or ``used`` is None."""
+    return head if used is None or used >= len(head) else head[:used]
 
 
 def hidden_states(model: nn.Module, batch: Batch) -> torch.Tensor:

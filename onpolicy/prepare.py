@@ -38,6 +38,12 @@ class Prepared:
     def summary(self) -> Path:
         return self.directory / "summary.json"
 
+    @property
+    def used_ids(self) -> int:
+        """Ids of the tokenizer: output rows beyond them are padding, of which teacher and student may have other
+        numbers; they are never drawn, scored or trained."""
+        return checks.used_ids(self.tokenizer)
+
 
 @dataclass(frozen=True)
 class Survey:
@@ -48,10 +54,6 @@ class Survey:
     teacher_rows: int  # of the output matrix
     student_rows: int
     prompt_limit: int  # tokens
-
-    @property
-    def used_ids(self) -> int:
-        return max(self.prepared.tokenizer.get_vocab().values()) + 1
 
 
 def prepare(config: TrainConfig, resume: bool) -> Prepared:

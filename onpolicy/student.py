@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from onpolicy.models import base_model, head_weight, hidden_states, load_causal_lm
+from onpolicy.models import base_model, head_weight, hidden_states, load_causal_lm, used_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,10 +61,20 @@ def prune_layers(teacher: PreTrainedModel, layers: list[int]) -> PreTrainedModel
 
 
 class Student:
-    """The model being trained: what is trainable, what the sampler is given, what is saved."""
+    """The model being trained: what is trainable, what the sampler is given, what is saved.
 
-    def __init__(self, model: nn.Module, freeze_embeddings: bool = False, precision: torch.dtype = torch.bfloat16):
-        self.model, self.precision = model, precision
+    ``used``: ids of the tokenizer. Rows of the head beyond them are saved and handed over, and never learnt from: no
+    text has these tokens, and the teacher may have no such rows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        freeze_embeddings: bool = False,
+        precision: torch.dtype = torch.bfloat16,
+        used: int | None = None,
+    ):
+        self.model, self.precision, self.used = model, precision, used
         if freeze_embeddings:
             self._freeze_embeddings()
         elif self._head_is_trained() and base_model(model).config.tie_word_embeddings:
@@ -74,11 +84,12 @@ class Student:
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, D] of the batch's completion tokens in the working precision, and the head [V, D] itself.
 
+        V counts the tokenizer's ids where they are known: a view of the first rows where the head has more.
         Weights stay float32; matrix products run in ``precision``, those of the losses too.
         """
         with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
             hidden = hidden_states(self.model, batch)
-        return hidden.to(self.precision), head_weight(self.model)
+        return hidden.to(self.precision), head_weight(self.model, self.used)
 
     def head_grad(self) -> torch.Tensor | None:
         """``.grad`` of the head [V, D], for losses that add to it at once; None where the head is not trained."""
@@ -87,7 +98,7 @@ class Student:
         head = head_weight(self.model)
         if head.grad is None:
             head.grad = torch.zeros_like(head)
-        return head.grad
+        return used_rows(head.grad, self.used)
 
     def _head_is_trained(self) -> bool:
         """Whether the head is a parameter of its own that learns: neither frozen nor under LoRA."""
@@ -151,9 +162,15 @@ def _merged_lora(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def build_student(
-    config: StudentConfig, teacher: PreTrainedModel | None, device: torch.device | str = "cpu"
+    config: StudentConfig,
+    teacher: PreTrainedModel | None,
+    device: torch.device | str = "cpu",
+    used: int | None = None,
 ) -> Student:
-    """The student a config describes. ``teacher`` is needed only when it is pruned from the teacher."""
+    """The student a config describes. ``teacher`` is needed only when it is pruned from the teacher.
+
+    ``used``: as for :class:`Student`.
+    """
     if config.model is not None:
         model: nn.Module = load_causal_lm(config.model, torch.float32)
     else:
@@ -164,7 +181,7 @@ def build_student(
     if config.lora.rank > 0:
         model = _with_lora(model, config)
     frozen = config.freeze_embeddings and config.lora.rank == 0  # under LoRA only adapters train anyway
-    return Student(model.to(device), frozen, getattr(torch, config.precision))
+    return Student(model.to(device), frozen, getattr(torch, config.precision), used)
 
 
 def _with_lora(model: nn.Module, config: StudentConfig) -> nn.Module:

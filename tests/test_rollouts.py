@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_models import VOCAB, tiny_llama, weights
 
+from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.rollouts.base import check_room, make_rollout
 from onpolicy.rollouts.draw import draw_tokens, invert_cdf, uniforms
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
@@ -199,23 +200,23 @@ def test_a_prompt_that_does_not_fit_is_refused_by_name() -> None:
 # --- vLLM: the fault that would spoil every run -----------------------------------------------------------------
 
 
-def disagreement(rollouts: list[Rollout], path: Path) -> float:
-    """Largest difference between the sampler's log-probs and a trainer's, of the sampler's own tokens, in nats."""
-    model = TransformersSampler(path, dtype="float32")._open_model()
-    worst = 0.0
+def parity(rollouts: list[Rollout], path: Path) -> ParityMeter:
+    """The sampler's log-probs beside a trainer's, of the sampler's own tokens, as every step compares them."""
+    model, meter = TransformersSampler(path, dtype="float32")._open_model(), ParityMeter()
     for rollout in rollouts:
         start = len(rollout.prompt.token_ids)
         ids = torch.tensor([*rollout.prompt.token_ids, *rollout.completion_ids.tolist()])[None]
         with torch.no_grad():
             logprobs = model(ids).logits[0, start - 1 : -1].log_softmax(-1).gather(1, ids[0, start:, None])[:, 0]
-        worst = max(worst, float((logprobs - torch.from_numpy(rollout.logprobs)).abs().max()))
-    return worst
+        meter.add(logprobs, torch.from_numpy(rollout.logprobs))
+    return meter
 
 
 def test_the_tied_head_fault_is_real_the_parity_check_sees_it_and_the_repair_mends_it(
     models: tuple[Path, Path],
 ) -> None:
     pytest.importorskip("vllm")
+    from onpolicy.rollouts.vllm_draw import install
     from onpolicy.rollouts.vllm_local import VLLMSampler
     from onpolicy.rollouts.vllm_weights import repack_tied_head
 
@@ -230,9 +231,16 @@ def test_the_tied_head_fault_is_real_the_parity_check_sees_it_and_the_repair_men
         sampler._repair_tied_head = True
         sampler.sync(weights(old).items(), policy_version=2)
         back = sampler.generate(prompts, params)
+        sampler._draw = install(sampler._runner, used_ids=300)
+        sampler._draw.params = params
+        restricted = sampler.generate(prompts, params)
     # bf16 against float32 on these sharp random logits: some tenths of a nat at worst; a stale head: nats.
-    assert disagreement(first, old) < 0.5
-    assert disagreement(mended, new) < 0.5
-    assert disagreement(stale, new) > 2.0
+    for rollouts, path in ((first, old), (mended, new)):
+        assert parity(rollouts, path).largest < 0.5
+        parity(rollouts, path).check(0.2, step=1)  # the default bound
+    assert parity(stale, new).largest > 2.0
+    with pytest.raises(ParityError, match="does not have the weights"):
+        parity(stale, new).check(0.2, step=1)
     assert drawn(back) == drawn(first)  # to the last bit
     assert back[0].policy_version == 2
+    assert max(r.completion_ids.max() for r in first) >= 300 > max(r.completion_ids.max() for r in restricted)

@@ -116,9 +116,9 @@ class Examination:
             unusable = self.add(finding) and not loaded.invented
             if unusable or self.add(teacher.plain_head(loaded.model, self.texts, "teacher")):
                 return True
-            self.teacher = LocalTeacher(loaded.model)
+            self.teacher = LocalTeacher(loaded.model, self.prepared.used_ids)
             logprobs = teacher.scores(self.teacher, self.texts, config.batching, 1.0)
-            self.add(teacher.knows_language(logprobs, self.survey.used_ids))
+            self.add(teacher.knows_language(logprobs, self.prepared.used_ids))
         self._teacher_completions()
         return False
 
@@ -126,7 +126,7 @@ class Examination:
         sampling = self.config.sampling
         tokens = min(sampling.max_tokens, _TEACHER_TOKENS)
         with self.timer("teacher's completions"):
-            engine = TransformersSampler(self.teacher.model, source="teacher")
+            engine = TransformersSampler(self.teacher.model, source="teacher", used_ids=self.prepared.used_ids)
             rollouts = engine.generate(self._prompts(_TEACHER_PROMPTS), self._params(tokens, n=_TEACHER_SAMPLES))
         with self.timer("teacher's scores"):
             temperature = loss_temperature(sampling.temperature)
@@ -147,12 +147,12 @@ class Examination:
                     teacher.weights(loaded, "student"), teacher.plain_head(loaded.model, self.texts, "student")
                 ):
                     return True
-            self.student = build_student(settings, self.teacher.model, self.device)
+            self.student = build_student(settings, self.teacher.model, self.device, self.prepared.used_ids)
         trained = sum(p.numel() for p in self.student.trainable().values())
         everything = sum(p.numel() for p in self.student.model.parameters())
         self.add(costs.disk(self.prepared.directory, trained, everything, self.config))
-        used, rows = self.survey.used_ids, self.survey.teacher_rows
-        return self.add(sampler.unused_rows(self.student, self.texts, self.config.batching, used, rows))
+        self.add(sampler.unused_rows(self.student, self.texts, self.config.batching))
+        return False
 
     # -- the sampler and a small step
 
@@ -170,7 +170,7 @@ class Examination:
                 with self.timer("sampler's checks"):
                     sync = self._agreement(engine, rollouts)
         with self.timer("loading models"):
-            panel = open_panel(self.config, self.teacher, self.device)
+            panel = open_panel(self.config, self.teacher, self.device, self.prepared.used_ids)
         with self.timer("one small step"):
             self._costs(panel, rollouts, rate, sync)
 

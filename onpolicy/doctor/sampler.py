@@ -14,7 +14,7 @@ import torch
 from onpolicy.batching import pack
 from onpolicy.config import BatchingConfig
 from onpolicy.doctor.findings import Finding
-from onpolicy.models import read_causal_lm
+from onpolicy.models import head_weight, read_causal_lm
 from onpolicy.student import Student
 from onpolicy.types import Rollout, SamplingParams
 from onpolicy.updates import loss_temperature
@@ -101,8 +101,8 @@ class Reference:
     def __init__(self, student: Student, checkpoint: Path, dtype: str):
         self._dtype: torch.dtype = getattr(torch, dtype)
         model = read_causal_lm(str(checkpoint), torch.float32, student.device).model
-        self._exact = Student(model, precision=torch.float32)
-        self._rounded = Student(model, precision=self._dtype)
+        self._exact = Student(model, precision=torch.float32, used=student.used)
+        self._rounded = Student(model, precision=self._dtype, used=student.used)
         self.follow(student)
 
     def follow(self, student: Student) -> None:
@@ -180,25 +180,22 @@ def temperature_applied(compared: Comparison, floor: float, bound: float) -> Fin
 
 
 @torch.no_grad()
-def unused_rows(
-    student: Student, texts: Sequence[Rollout], batching: BatchingConfig, used: int, teacher_rows: int
-) -> Finding | None:
-    """Probability the student gives to ids that no token has; None where it has no such rows.
-
-    ``used``: ids of the tokenizer.
-    """
+def unused_rows(student: Student, texts: Sequence[Rollout], batching: BatchingConfig) -> Finding | None:
+    """Probability the student gives to ids that no token has; None where it has no such rows."""
     batch = pack(texts[:2], batching.token_budget, share_prompts=False)[0].to(student.device)
-    hidden, head = student(batch)
-    if len(head) <= used:
+    head = head_weight(student.model)
+    if student.used is None or len(head) <= student.used:
         return None
-    mass = float((hidden[:_ROWS] @ head.to(hidden.dtype).T).float().softmax(-1)[:, used:].sum(-1).mean())
-    found = f"{len(head) - used} of the student's rows have no token and get {mass:.2g} of the probability"
+    hidden, _ = student(batch)
+    probabilities = (hidden[:_ROWS] @ head.to(hidden.dtype).T).float().softmax(-1)
+    mass = float(probabilities[:, student.used :].sum(-1).mean())
+    unused = len(head) - student.used
+    found = f"{unused} of the student's rows have no token and would get {mass:.2g} of the probability; training "
+    found += "leaves them out"
     if mass < _UNUSED_MASS:
         return Finding("ok", "padded rows", found)
-    beyond = len(head) > teacher_rows
     return Finding(
-        "error" if beyond else "warning", "padded rows", found,
-        "the sampler draws ids the teacher has no row for, and the run stops there" if beyond else
-        "the sampler draws ids that are no text: they are scored and trained on all the same",
+        "warning", "padded rows", found,
+        "an engine that serves the saved student and does not leave them out may draw ids that are no text",
         "cut the student's embedding to the tokenizer (resize_token_embeddings), or make the padding's rows unlikely",
     )  # fmt: skip

@@ -35,12 +35,12 @@ def vocabularies(
         found, _, remedy = str(error).partition(": ")
         cost = "every score of a token that means something else to the teacher is noise; training refuses to start"
         return Finding("error", name, found, cost, remedy)
-    used = max(teacher.get_vocab().values()) + 1
+    used = checks.used_ids(teacher)
     found = f"{used:,} tokens; the teacher has {teacher_rows:,} rows, the student {student_rows:,}"
     if teacher_rows == student_rows:
         return Finding("ok", name, found)
     return Finding(
-        "note", name, found + ": padded differently, losses are taken over the common rows",
+        "note", name, found + ": padded differently, training leaves the padding out",
         "elsewhere a crash, or a few rows' mass compared with nothing (trl#2215, #3028, #6252)",
     )  # fmt: skip
 

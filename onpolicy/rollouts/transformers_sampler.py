@@ -35,6 +35,7 @@ class TransformersSampler(ClosingSampler):
         max_model_len: prompt and completion together; None takes the model's own limit.
         max_num_seqs: rows decoded together.
         pad_token_id: fills the masked places; any token does.
+        used_ids: of the tokenizer; rows of the output beyond them (padding) are never drawn. None: all rows are.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TransformersSampler(ClosingSampler):
         max_model_len: int | None = None,
         max_num_seqs: int = 64,
         pad_token_id: int = 0,
+        used_ids: int | None = None,
         source: Source = "student",
         policy_version: int = 0,
     ):
@@ -53,7 +55,7 @@ class TransformersSampler(ClosingSampler):
         self._model: PreTrainedModel | None = _load(model, dtype) if isinstance(model, (str, Path)) else model
         self.max_model_len = max_model_len or int(self._open_model().config.max_position_embeddings)
         self._max_num_seqs = max_num_seqs
-        self._pad = pad_token_id
+        self._pad, self._used = pad_token_id, used_ids
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, progress: Progress | None = None
@@ -111,7 +113,7 @@ class TransformersSampler(ClosingSampler):
         for position in range(params.max_tokens):
             logits = model(
                 ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True, logits_to_keep=1
-            ).logits[:, -1]
+            ).logits[:, -1, : self._used]
             token, logprob = draw_tokens(logits, uniforms(seeds, np.full(len(rows), position)), params)
             tokens.append(token)
             logprobs.append(logprob)

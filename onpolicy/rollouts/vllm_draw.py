@@ -25,14 +25,14 @@ SEED_KEY = "onpolicy_seed"  # in SamplingParams.extra_args of a request
 class KeyedSampler(StockSampler):
     """Draws every row's token from the processed distribution with the uniform of (request seed, position)."""
 
-    def __init__(self, runner: Any):
+    def __init__(self, runner: Any, used_ids: int | None = None):
         super().__init__()
-        self._runner = runner
+        self._runner, self._used = runner, used_ids
         self.params = SamplingParams()  # of the batch in progress: one set for all its requests
 
     def forward(self, logits: torch.Tensor, sampling_metadata: Any, *_: Any, **__: Any) -> SamplerOutput:
         """logits [B, V] -> tokens [B, 1] and their log-probs [B, 1]."""
-        tokens, logprobs = draw_tokens(logits, self._uniforms(), self.params)
+        tokens, logprobs = draw_tokens(logits[:, : self._used], self._uniforms(), self.params)
         return SamplerOutput(
             sampled_token_ids=tokens.to(torch.int32)[:, None],
             logprobs_tensors=LogprobsTensors(
@@ -50,12 +50,15 @@ class KeyedSampler(StockSampler):
         return uniforms(np.array(seeds, dtype=np.uint64), positions)
 
 
-def install(runner: Any) -> KeyedSampler:
-    """Give ``runner`` (vLLM's V1 model runner) a :class:`KeyedSampler`. ValueError for a runner of another kind."""
+def install(runner: Any, used_ids: int | None = None) -> KeyedSampler:
+    """Give ``runner`` (vLLM's V1 model runner) a :class:`KeyedSampler`. ValueError for a runner of another kind.
+
+    ``used_ids``: of the tokenizer; rows of the output beyond them are never drawn.
+    """
     if not isinstance(getattr(runner, "sampler", None), StockSampler):
         raise ValueError(
             f"{type(runner).__name__} of this vLLM does not sample through vllm.v1.sample.Sampler: "
             "set VLLM_USE_V2_MODEL_RUNNER=0, or use the transformers sampler"
         )
-    runner.sampler = KeyedSampler(runner)
+    runner.sampler = KeyedSampler(runner, used_ids)
     return runner.sampler

@@ -33,6 +33,7 @@ class VLLMSampler(ClosingSampler):
         compile: let vLLM compile the model: a much longer start, which needs a C++ compiler, for fewer small
             kernels a step.
         max_num_batched_tokens: of one forward pass: bounds the memory of a prefill.
+        used_ids: of the tokenizer; rows of the output beyond them (padding) are never drawn. None: all rows are.
         repair_tied_head: False leaves the weight-sync fault in (see ``vllm_weights``); for its test alone.
 
     Raises ValueError where vLLM is missing or the directory holds no model.
@@ -51,6 +52,7 @@ class VLLMSampler(ClosingSampler):
         enable_prefix_caching: bool = True,
         compile: bool = False,  # as vLLM and torch call it
         max_num_batched_tokens: int = 4096,
+        used_ids: int | None = None,
         repair_tied_head: bool = True,
     ):
         self.source: Source = source
@@ -71,7 +73,7 @@ class VLLMSampler(ClosingSampler):
         )
         from onpolicy.rollouts.vllm_draw import install
 
-        self._draw = install(self._runner)
+        self._draw = install(self._runner, used_ids)
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, progress: Progress | None = None

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
 
 
 class LocalTeacher:
-    """A frozen causal LM; one forward pass a batch, no logits kept."""
+    """A frozen causal LM; one forward pass a batch, no logits kept.
 
-    def __init__(self, model: PreTrainedModel):
+    ``used``: ids of the tokenizer; rows of its head beyond them say nothing about text and are left out.
+    """
+
+    def __init__(self, model: PreTrainedModel, used: int | None = None):
         self.model = model.eval().requires_grad_(False)
-        self.head = head_weight(model)
+        self.head = head_weight(model, used)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> Score:

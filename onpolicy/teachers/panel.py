@@ -51,9 +51,12 @@ def task_rewards(batch: Batch, rollouts: Sequence[Rollout]) -> torch.Tensor | No
     return torch.tensor(known, dtype=torch.float32, device=batch.token_ids.device)
 
 
-def open_panel(config: TrainConfig, teacher: LocalTeacher, device: torch.device | str = "cpu") -> Panel:
+def open_panel(
+    config: TrainConfig, teacher: LocalTeacher, device: torch.device | str = "cpu", used: int | None = None
+) -> Panel:
     """The first teacher, and what the configuration names beside it, loaded. ValueError as ``load_causal_lm``.
 
+    ``used``: ids of the tokenizer that all share.
     The first alone where no on-policy step is to follow: nothing else asks the others.
     """
     if not config.steps:
@@ -63,7 +66,7 @@ def open_panel(config: TrainConfig, teacher: LocalTeacher, device: torch.device 
         model = load_causal_lm(name, getattr(torch, dtype), device)
         if config.batching.share_prompts:
             check_shared_prompts(model)
-        return LocalTeacher(model)
+        return LocalTeacher(model, used)
 
     settings = config.policy_gradient
     reference = None
