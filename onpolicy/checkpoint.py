@@ -41,27 +41,42 @@ def atomic_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     try:
-        with open(scratch, mode) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-        sync_to_disk(path.parent)
-    except OSError as error:
-        raise disk_full(path, error) from error
+        with disk_errors(path):
+            with open(scratch, mode) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            sync_to_disk(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-def disk_full(path: Path, error: OSError) -> OSError:
-    """The same error, or one that says what to do when the cause is a full disk."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return error
-    return DiskFullError(
-        error.errno,
-        f"no space left while writing '{path}'; earlier checkpoints are intact: free some space, or lower "
-        "checkpoint.keep, and continue with --resume",
-    )
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Within, a full disk is a DiskFullError naming ``path``, whatever the writer makes of it; all else passes."""
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _no_space(path, error):
+            raise
+        raise DiskFullError(
+            errno.ENOSPC,
+            f"no space left while writing '{path}'; earlier checkpoints are intact: free some space, or lower "
+            "checkpoint.keep, and continue with --resume",
+        ) from error
+
+
+def _no_space(path: Path, error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if "No space left on device" in str(error):  # as safetensors says it
+        return True
+    # torch.save only says that it failed to write.
+    existing = next(parent for parent in [path, *path.resolve().parents] if parent.exists())
+    return isinstance(error, RuntimeError) and shutil.disk_usage(existing).free < 1 << 20
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -93,16 +108,15 @@ class CheckpointStore:
             shutil.rmtree(leftover)
         scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=self.directory))
         try:
-            self._write(scratch, state)
-            if target.exists():
-                shutil.rmtree(target)
-            scratch.rename(target)
-            sync_to_disk(self.directory)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            with disk_errors(target):
+                self._write(scratch, state)
+                if target.exists():
+                    shutil.rmtree(target)
+                scratch.rename(target)
+                sync_to_disk(self.directory)
+        except Exception:
             shutil.rmtree(scratch, ignore_errors=True)
-            full = shutil.disk_usage(self.directory).free < 1 << 20
-            cause = OSError(errno.ENOSPC, str(error)) if isinstance(error, RuntimeError) and full else error
-            raise (disk_full(target, cause) if isinstance(cause, OSError) else cause) from error
+            raise
         for old in self.all()[: -self.keep]:
             shutil.rmtree(old)
         return target

@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from onpolicy.checkpoint import atomic_file
+
 if TYPE_CHECKING:
     import torch
 
@@ -82,7 +84,8 @@ class JsonLines:
         """Opens for appending after the first ``keep`` lines; what a killed run wrote beyond its checkpoint goes."""
         self.path = path
         kept = path.read_text().splitlines(keepends=True)[:keep] if path.exists() else []
-        path.write_text("".join(kept))
+        with atomic_file(path) as file:  # a kill here must not cost the history
+            file.writelines(kept)
         self.lines = len(kept)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from onpolicy import checks
-from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, write_json
+from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, disk_errors, write_json
 from onpolicy.draws import Draws
 from onpolicy.evaluate.heldout import HeldOut
 from onpolicy.metrics import JsonLines, Progress, Silent, peak_rss_gib
@@ -61,12 +61,12 @@ def execute(prepared: Prepared) -> Path:
     """Run to the end and return the path of summary.json. Raises Interrupted, StoppedRun or Refused: what to do."""
     if prepared.summary.exists():  # --resume of a finished run
         return prepared.summary
-    with Run(prepared) as run:
-        try:
+    try:
+        with disk_errors(prepared.directory), Run(prepared) as run:
             _build(run)
             return run.execute()
-        except (DiskFullError, NonFiniteError, ParityError) as error:
-            raise StoppedRun(str(error)) from error
+    except (DiskFullError, NonFiniteError, ParityError) as error:
+        raise StoppedRun(str(error)) from error
 
 
 def _build(run: Run) -> None:
@@ -138,13 +138,13 @@ class Run:
             self.progress.say(f"note: {note}")
         self._teacher_samples()
         teacher_model = load_causal_lm(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
-        self.student = build_student(config.student, teacher_model, self.device)
+        self.student = build_student(config.student, teacher_model, self.device, self.prepared.used_ids)
         self.processes.start_alike(list(self.student.trainable().values()))
-        self.teacher = LocalTeacher(teacher_model)
+        self.teacher = LocalTeacher(teacher_model, self.prepared.used_ids)
         if config.batching.share_prompts:
             check_shared_prompts(teacher_model)
             check_shared_prompts(self.student.model)
-        self.panel = open_panel(config, self.teacher, self.device)
+        self.panel = open_panel(config, self.teacher, self.device, self.prepared.used_ids)
         self.heldout = self._held_out()
         trained = sum(p.numel() for p in self.student.trainable().values())
         checks.check_disk(self.directory, 12 * trained * (config.checkpoint.keep + 1))
@@ -196,6 +196,7 @@ class Run:
         tokens = max(self.config.sampling.max_tokens, self.config.evaluation.max_tokens)
         shared: dict[str, Any] = {
             "source": source, "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs,
+            "used_ids": self.prepared.used_ids,
         }  # fmt: skip
         if engine_name(self.config) == "transformers":
             from onpolicy.rollouts.transformers_sampler import TransformersSampler

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file
+from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, disk_errors
+from onpolicy.metrics import JsonLines
 from onpolicy.rollouts.files import load_rollouts, save_rollouts
 from onpolicy.types import Prompt, Rollout
 
@@ -78,6 +81,45 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(store, monkeypatch) -> None:
     monkeypatch.undo()
     assert store.load_latest()[0]["step"] == 10  # type: ignore[index]
     assert not list(store.directory.glob(".saving-*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["file", "quota", "safetensors"],
+)
+def test_a_full_disk_is_recognised_whoever_writes(error, tmp_path) -> None:
+    with pytest.raises(DiskFullError, match="while writing '.*st'.*free some space"), disk_errors(tmp_path / "st"):
+        raise error
+    for other in (PermissionError("no"), RuntimeError("shapes"), DiskFullError(errno.ENOSPC, "as it was")):
+        with pytest.raises(type(other), match=str(other.args[-1])), disk_errors(tmp_path):
+            raise other
+
+
+def test_a_failed_write_on_a_full_disk_is_one(tmp_path, monkeypatch) -> None:
+    """torch.save does not say why."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(DiskFullError), disk_errors(tmp_path / "not" / "there"):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+
+def test_a_kill_while_the_metrics_are_opened_loses_no_line(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("1\n2\n3\n")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "fsync", killed)
+        JsonLines(path, keep=2)
+    assert path.read_text() == "1\n2\n3\n"
+    JsonLines(path, keep=2).write({})
+    assert path.read_text() == "1\n2\n{}\n"
 
 
 def test_atomic_file_leaves_the_old_content_when_writing_fails(tmp_path) -> None:

@@ -17,14 +17,16 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
 
 from onpolicy.config import OptimConfig
+from onpolicy.metrics import JsonLines
 from onpolicy.optimization import NonFiniteError, Optimization
 from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.prepare import prepare
 from onpolicy.run import Run, StoppedRun, execute
 from onpolicy.train import main, parse
-from tests.conftest import as_options
+from tests.conftest import as_options, make_model
 
 ENVIRONMENT = {**os.environ, "ONPOLICY_NO_TUNE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -93,7 +95,7 @@ def test_a_run_leaves_what_it_promises(finished) -> None:
 
 
 def test_the_final_student_loads_and_is_the_trained_one(finished, teacher_dir) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     student = AutoModelForCausalLM.from_pretrained(finished / "run" / "student", dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(teacher_dir, dtype=torch.float32)
@@ -185,6 +187,45 @@ def test_every_way_to_train_moves_the_student_and_keeps_parity(tiny_settings, tm
     assert summary["heldout"]["start"] != summary["heldout"]["end"]
 
 
+@pytest.mark.parametrize(
+    ("longer", "changes"),
+    [("student", {"algorithm": "policy_gradient", "optim__updates_per_step": 2}), ("teacher", {}), ("student", {})],
+)
+def test_output_rows_without_a_token_are_never_drawn_scored_or_trained(
+    tiny_settings, teacher_dir, tokenizer, tmp_path, changes, longer
+) -> None:
+    """Half of the probability is on 64 rows of padding: whoever has them, the run is that of models without them."""
+
+    def padded(source: Path, path: Path, **how) -> Path:
+        make_model(path, tokenizer, rows=len(tokenizer) + 64, **how)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        plain = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).state_dict()
+        state = model.state_dict()
+        for name, value in plain.items():
+            state[name][: len(value)] = value
+        model.load_state_dict(state)
+        model.save_pretrained(path)
+        return path
+
+    plain = make_model(tmp_path / "student", tokenizer, layers=2, seed=1)
+    models = {"student__model": plain, "teacher__model": teacher_dir, **changes}
+    source = models[f"{longer}__model"]
+    layers = 2 if longer == "student" else 4
+    models |= {f"{longer}__model": padded(source, tmp_path / "padded", layers=layers, seed=5)}
+    summary = train(tiny_settings, tmp_path, "padded_run", **models)
+    models[f"{longer}__model"] = source
+    assert train(tiny_settings, tmp_path, "plain_run", **models)["heldout"] == summary["heldout"]
+    assert losses(tmp_path, "padded_run") == losses(tmp_path, "plain_run")
+    records = [r for r in lines(tmp_path, "padded_run") if "sync/logprob_abs_diff" in r]
+    assert len(records) == 4 and all(r["sync/logprob_abs_diff"] < 1e-4 for r in records)
+    if longer == "student":
+        rows = len(tokenizer)
+        before = AutoModelForCausalLM.from_pretrained(tmp_path / "padded", dtype=torch.bfloat16)
+        after = AutoModelForCausalLM.from_pretrained(tmp_path / "padded_run" / "student", dtype=torch.bfloat16)
+        before, after = (model.get_output_embeddings().weight for model in (before, after))
+        assert torch.equal(before[rows:], after[rows:]) and not torch.equal(before[:rows], after[:rows])
+
+
 def test_distillation_brings_the_student_closer(tiny_settings, tmp_path) -> None:
     changes = {"warm_start__num_prompts": 32, "warm_start__epochs": 6, "optim__learning_rate": 3e-3, "steps": 20}
     heldout = train(tiny_settings, tmp_path, warm_start__learning_rate=3e-3, **changes)["heldout"]
@@ -220,6 +261,19 @@ def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch
         StoppedRun, match="does not have the weights.*another --name with rollouts.engine: transformers"
     ):
         train(tiny_settings, tmp_path, optim__learning_rate=0.05, steps=6)
+
+
+def test_a_full_disk_stops_the_run_with_what_to_do(tiny_settings, tmp_path, monkeypatch) -> None:
+    opened = JsonLines.__init__
+
+    def on_a_full_disk(self, path: Path, keep: int = 0) -> None:
+        opened(self, path, keep)
+        path.unlink()
+        path.symlink_to("/dev/full")
+
+    monkeypatch.setattr(JsonLines, "__init__", on_a_full_disk)
+    with pytest.raises(StoppedRun, match="no space left while writing .*free some space.*--resume"):
+        train(tiny_settings, tmp_path, warm_start__num_prompts=0, evaluation__num_prompts=0)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tiny_settings, tmp_path) -> None:
