@@ -6,7 +6,7 @@ QUICKSTART ?= configs/quickstart.yaml
 export VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow lint format bench doctor audit lock clean
+.PHONY: help setup quickstart test test-slow lint format bench soak doctor audit lock clean
 
 help:  ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,10 @@ format: setup  ## let ruff format and sort
 
 bench: setup  ## one training step of ours beside TRL's
 	@$(PY) -m benchmarks.train_step
+
+soak: setup  ## half an hour of everything clients do to a server, with the quickstart's student
+	@SERVE_SOAK_SECONDS=1800 SERVE_SOAK_JSON=benchmarks/results/soak.json \
+	    $(PY) -m pytest -q -s tests/slow/test_serve_real.py -k soak
 
 doctor: setup  ## examine the quickstart's configuration before a run
 	@$(PY) -m onpolicy.doctor --config $(QUICKSTART)
