@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,7 +105,20 @@ class Run:
         if self.stopping:  # the second time, at once
             raise KeyboardInterrupt
         self.stopping = True
-        self.progress.say("stopping after this step; once more to stop at once")
+        self.progress.say("stopping when the step, or the batch outside of steps, is done; once more to stop at once")
+
+    def _watched(self, note: str) -> Callable[[int], None]:
+        """A progress callback for work outside of steps; it leaves that work when the user has asked to stop.
+
+        One of several processes goes on: the others would wait for it for ever.
+        """
+
+        def report(amount: int) -> None:
+            self.progress.advance(note, by=amount)
+            if self.stopping and not self.processes.several:
+                raise Interrupted(f"stopped; continue with --resume --name {self.config.name}")
+
+        return report
 
     def execute(self) -> Path:
         """All stages and evaluations of a run that was built; the path of its summary."""
@@ -237,12 +250,12 @@ class Run:
                 for name, prompts, params in missing:
                     total = len(prompts) * params.n * params.max_tokens
                     self.progress.stage(f"teacher samples: {name}", total)
-                    report = lambda tokens: self.progress.advance("tokens, at most", by=tokens)  # noqa: E731
-                    save_rollouts(self._samples_file(name), sampler.generate(prompts, params, report))
+                    drawn = sampler.generate(prompts, params, self._watched("tokens, at most"))
+                    save_rollouts(self._samples_file(name), drawn)
         self.processes.wait()
-        drawn = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
-        self.warm_start_rollouts = drawn.get("warm_start", [])
-        self.teacher_rollouts = {False: drawn.get("sampled", []), True: drawn.get("greedy", [])}
+        kept = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
+        self.warm_start_rollouts = kept.get("warm_start", [])
+        self.teacher_rollouts = {False: kept.get("sampled", []), True: kept.get("greedy", [])}
 
     def _held_out(self) -> HeldOut | None:
         prompts, batching = self.draws.heldout_prompts(), self.config.batching
@@ -269,7 +282,7 @@ class Run:
                 WarmStart(
                     rollouts, self.teacher, divergence_update(warm.divergence, temperature, normalize),
                     token_budget=config.batching.token_budget, share_prompts=config.batching.share_prompts,
-                    progress=lambda tokens: self.progress.advance("tokens scored", by=tokens),
+                    progress=self._watched("tokens scored"),
                     epochs=warm.epochs, rollouts_per_step=warm.rollouts_per_step,
                     learning_rate=warm.learning_rate, seed=config.seed,
                 )
@@ -295,11 +308,11 @@ class Run:
         results = self.trainer.state.heldout
         if self.heldout is None or label in results:
             return
-        self.progress.stage(f"held-out evaluation: {label}", 1)
+        most = 2 * self.config.evaluation.num_prompts * self.config.evaluation.max_tokens
+        self.progress.stage(f"held-out evaluation: {label}", most)
         sampler = self._open_student_sampler()
         sampler.sync(self.student.weights(), self.trainer.state.policy_version)
-        figures = results[label] = self.heldout.measure(self.student, sampler)
-        self.progress.advance("")
+        figures = results[label] = self.heldout.measure(self.student, sampler, self._watched("tokens, at most"))
         self.progress.say(
             f"{label}: reverse KL {figures['reverse_kl']:.3f}, acceptance {figures['acceptance_t1']:.3f} (T=1), "
             f"{figures['acceptance_t0']:.3f} (T=0)"

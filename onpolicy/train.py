@@ -55,6 +55,14 @@ def configuration(parser: ArgumentParser, arguments: Sequence[str] | None) -> tu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train; returns the exit status."""
     config, resume = parse(arguments)
+    try:
+        return _train(config, resume)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the run began
+        print(f"interrupted; --resume --name {config.name} continues after the last checkpoint", file=sys.stderr)
+        return 1
+
+
+def _train(config: TrainConfig, resume: bool) -> int:
     from spec.runtime import ensure_tuned
 
     ensure_tuned()

@@ -24,7 +24,9 @@ from onpolicy.metrics import JsonLines
 from onpolicy.optimization import NonFiniteError, Optimization
 from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.prepare import prepare
+from onpolicy.rollouts.transformers_sampler import TransformersSampler
 from onpolicy.run import Run, StoppedRun, execute
+from onpolicy.teachers.local import LocalTeacher
 from onpolicy.train import main, parse
 from tests.conftest import as_options, make_model
 
@@ -147,6 +149,50 @@ def test_interrupt_saves_and_exits_and_the_run_can_go_on(finished, tiny_settings
     assert losses(tmp_path) == losses(finished)
 
 
+@pytest.mark.parametrize(
+    ("owner", "method", "changes"),
+    [
+        (TransformersSampler, "_decode", {"rollouts__max_num_seqs": 4}),
+        (LocalTeacher, "score", {"evaluation__num_prompts": 0}),
+        (LocalTeacher, "score", {"warm_start__num_prompts": 0}),
+    ],
+    ids=["sampling", "warm start", "evaluation"],
+)
+def test_an_interrupt_outside_of_steps_is_heeded_at_once(
+    tiny_settings, tmp_path, monkeypatch, capsys, owner, method, changes
+) -> None:
+    monkeypatch.setenv("ONPOLICY_NO_TUNE", "1")
+    whole, calls = getattr(owner, method), []
+
+    def interrupted(self, *arguments: object):
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        return whole(self, *arguments)
+
+    changes = {"batching__token_budget": 64, "steps": 1, **changes}
+    arguments = options(tiny_settings, tmp_path, **changes)
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, method, interrupted)
+        assert main(arguments) == 1
+    assert len(calls) == 1
+    assert "stopped; continue with --resume --name run" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_second_interrupt_stops_at_once_without_a_traceback(tiny_settings, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("ONPOLICY_NO_TUNE", "1")
+
+    def twice(self, *_: object) -> None:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)  # Python's handler runs between two instructions
+        raise AssertionError("still running")
+
+    monkeypatch.setattr(TransformersSampler, "_decode", twice)
+    assert main(options(tiny_settings, tmp_path)) == 1
+    assert "interrupted; --resume --name run continues" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_falls_back_and_still_ends_the_same(finished, tiny_settings, tmp_path) -> None:
     arguments = options(tiny_settings, tmp_path)
     process = start(arguments)
@@ -251,7 +297,6 @@ def test_a_student_knows_which_tokens_it_drafts(tiny_settings, tmp_path) -> None
 
 def test_stale_sampler_weights_stop_the_run(tiny_settings, tmp_path, monkeypatch) -> None:
     """The fault this guards against: the engine says it took the new weights, and did not."""
-    from onpolicy.rollouts.transformers_sampler import TransformersSampler
 
     def forgets(self, weights, policy_version):
         self.policy_version = policy_version

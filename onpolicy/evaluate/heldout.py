@@ -19,7 +19,7 @@ from onpolicy.types import Prompt, Rollout, SamplingParams
 from spec.stats import expected_acceptance, greedy_agreement
 
 if TYPE_CHECKING:
-    from onpolicy.rollouts.base import Sampler
+    from onpolicy.rollouts.base import Progress, Sampler
 
 CHUNK = 32  # tokens: the vocabulary-wide intermediates of a chunk stay in the processor's cache
 METRICS = ("reverse_kl", "forward_kl", "acceptance_t1", "acceptance_t0", "agreement", "perplexity")
@@ -45,22 +45,34 @@ class HeldOut:
         self.token_budget, self.share_prompts = token_budget, share_prompts
         self._scored: dict[bool, Scored] = {}
 
-    def measure(self, student: Student, sampler: Sampler) -> dict[str, float]:
-        """The summary's figures of the student as it is now; the sampler must have its weights."""
+    def measure(self, student: Student, sampler: Sampler, progress: Progress | None = None) -> dict[str, float]:
+        """The summary's figures of the student as it is now; the sampler must have its weights.
+
+        ``progress`` is called with the number of tokens newly drawn, and with 0 after other work; it may raise.
+        """
+        tell = progress or (lambda tokens: None)
         if not self._scored:
             self._scored = {
-                greedy: self._score(student, rollouts) for greedy, rollouts in self.teacher_rollouts.items()
+                greedy: self._score(student, rollouts, tell) for greedy, rollouts in self.teacher_rollouts.items()
             }
-        own = {g: self._score(student, sampler.generate(self.prompts, params)) for g, params in self.params.items()}
+        own = {
+            greedy: self._score(student, sampler.generate(self.prompts, params, tell), tell)
+            for greedy, params in self.params.items()
+        }
         figures: dict[str, float] = {}
         for visited_by, scored in (("teacher", self._scored), ("student", own)):
             sampled, greedy = token_statistics(student, scored[False]), token_statistics(student, scored[True])
             figures |= summarise(sampled, greedy, visited_by)
+            tell(0)
         return figures
 
-    def _score(self, student: Student, rollouts: Sequence[Rollout]) -> Scored:
-        batches = pack(rollouts, self.token_budget, share_prompts=self.share_prompts)
-        return [(batch, self.teacher.score(batch)) for batch in (b.to(student.device) for b in batches)]
+    def _score(self, student: Student, rollouts: Sequence[Rollout], tell: Progress) -> Scored:
+        scored: Scored = []
+        for batch in pack(rollouts, self.token_budget, share_prompts=self.share_prompts):
+            batch = batch.to(student.device)
+            scored.append((batch, self.teacher.score(batch)))
+            tell(0)
+        return scored
 
 
 def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tuple[int, ...]) -> SamplingParams:
