@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from spec.kv_cache import Pool
+from spec.models import kernels_numba as kernels
 from spec.models.base import Step
 from spec.models.decoder import Decoder
 from spec.models.linear import make_linear
@@ -114,6 +117,41 @@ def test_steps_of_any_shape_give_the_same_logits(dtype: torch.dtype) -> None:
     tolerance = {"rtol": 0.0, "atol": 0.0} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(got_one, expected_one, **tolerance)
     torch.testing.assert_close(got_two, expected_two, **tolerance)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_threads_change_no_bit(quantization, monkeypatch) -> None:
+    """One thread has kernels of its own: a prompt, then steps of several sequences, long ago begun."""
+    model = Decoder(read(tiny(dtype=torch.bfloat16), "tiny"), quantization=quantization)
+    ran: Counter[str] = Counter()
+
+    def counted(name: str, kernel: Callable[..., None]) -> Callable[..., None]:
+        def run(*given: object) -> None:
+            ran[name] += 1
+            kernel(*given)
+
+        return run
+
+    for name in ("attend_parallel", "silu_mul_parallel"):
+        monkeypatch.setattr(kernels, name, counted(name, getattr(kernels, name)))
+
+    def logits(threads: int) -> torch.Tensor:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            slots = [model.open(150) for _ in range(3)]
+            parts = [model.forward(step([ids(90, 1), ids(80, 2), ids(5, 3)], slots, [0, 0, 0]))]  # type: ignore[arg-type]
+            parts.append(model.forward(step([ids(4, 4), ids(1, 5), ids(30, 6)], slots, [90, 77, 5])))  # type: ignore[arg-type]
+        finally:
+            torch.set_num_threads(before)
+        for slot in slots:
+            model.close(slot)  # type: ignore[arg-type]
+        return torch.cat(parts)
+
+    one = logits(1)
+    assert not ran
+    assert torch.equal(logits(2), one)
+    assert ran == {"attend_parallel": 2 * 3, "silu_mul_parallel": 3}  # steps times layers; the second has few rows
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4"])

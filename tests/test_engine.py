@@ -15,7 +15,9 @@ from spec.drafters.base import Context
 from spec.drafters.model import ModelDrafter
 from spec.engine import Engine
 from spec.models.base import Step
+from spec.models.decoder import Decoder
 from spec.models.transformers_model import TransformersModel
+from spec.models.weights import read
 from spec.params import Params
 from spec.request import Event, Request, Result, sample_seed
 from spec.verify import Mode
@@ -214,6 +216,22 @@ def test_64_concurrent_requests_each_get_what_they_get_alone(llama, drafts) -> N
             assert mine.finish_reason == other.finish_reason
             assert mine.drafted == other.drafted and mine.accepted == other.accepted
     assert not llama._caches and not drafts["good"]._caches
+
+
+def test_the_fast_forward_pass_tells_no_company_either() -> None:
+    """bf16 on a CPU, to the bit: the target's products and kernels, an int8 draft's, forks and log-probs."""
+    target = Decoder(read(tiny_llama(0).model.to(torch.bfloat16), "target"))
+    draft = Decoder(
+        read(tiny_llama(1, like=tiny_llama(0), noise=0.1).model.to(torch.bfloat16), "draft"), quantization="int8"
+    )
+    requests = mixed_requests(64)
+    engine = Engine(target, ModelDrafter(draft, target), draft_length=3, max_running=40, prefill_tokens=70)
+    together = engine.generate(requests)
+    for request, result in list(zip(requests, together, strict=True))[::2]:
+        alone = Engine(target, ModelDrafter(draft, target), draft_length=3).generate([request])[0]
+        assert alone.completions == result.completions
+    assert sum(sum(completion.accepted) for result in together for completion in result.completions) > 50
+    assert not target._spans and not draft._spans
 
 
 def test_a_prompt_read_in_parts_changes_nothing(llama, drafts) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from spec.engine import Engine
-from spec.generate import main
+from spec.generate import main, make_parser, prepare
+from spec.models.linear import _Int4, _Int8
 from spec.models.transformers_model import TransformersModel
 from spec.params import Params
 from spec.request import Request
@@ -67,6 +68,23 @@ def test_options_reach_the_engine(models, tokenizer, capsys) -> None:
     engine = Engine(TransformersModel.load(target), tokenizer=tokenizer)
     request = Request(tokenizer(PROMPT)["input_ids"], params, 12, ("zzzz",))
     assert given["token_ids"] == engine.generate([request])[0].completions[0].token_ids
+
+
+SEEN = {  # of an engine, and what it is by default and with the option
+    "--mode token": (lambda engine: engine.mode, "block", "token"),
+    "--drafting greedy": (lambda engine: engine.drafter._greedy, False, True),
+    "--quantization int8": (lambda engine: isinstance(engine.target._head, _Int8), False, True),
+    "--draft-quantization int4": (lambda engine: type(engine.drafter.model._head), _Int8, _Int4),
+}
+
+
+@pytest.mark.parametrize(("option", "seen"), SEEN.items(), ids=SEEN)
+def test_options_of_models_drafts_and_verification_reach_the_engine(option: str, seen, models) -> None:
+    look, default, changed = seen
+    given = ["--target", str(models[0]), "--draft", str(models[1]), "--prompt", PROMPT, "--device", "cpu"]
+    for arguments, expected in ((given, default), ([*given, *option.split()], changed)):
+        engine, _ = prepare(make_parser().parse_args(arguments))
+        assert look(engine) == expected
 
 
 def test_text_in_two_colours_and_a_line_of_figures(models, capsys, monkeypatch) -> None:
