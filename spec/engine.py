@@ -61,6 +61,8 @@ class Engine:
         logprobs: of which law reported log-probs are, ``raw`` or ``processed``: see :func:`spec.rows.logprobs`.
         end_tokens: what ends a text unless a request says otherwise; by default the target's and the tokenizer's.
 
+        shares_target: others open slots of the target too, and give them back: a sequence without room waits for that,
+            though nothing runs here. It must fit into an empty cache.
     Raises ValueError for a setting outside its range.
     """
 
@@ -77,6 +79,7 @@ class Engine:
         logprobs: LogprobSource = "raw",
         end_tokens: Sequence[int] | None = None,
     ):
+        shares_target: bool = False,
         for name, value in (("max_running", max_running), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -90,7 +93,7 @@ class Engine:
         self._logprobs: LogprobSource = logprobs
         self._end_tokens = frozenset(_end_tokens(target, tokenizer) if end_tokens is None else end_tokens)
         self._proposer = Proposer(drafter, _policy(draft_length), target.device)
-        self._scheduler = Scheduler(target, drafter, max_running, prefill_tokens)
+        self._scheduler = Scheduler(target, drafter, max_running, prefill_tokens, shares_target)
         self._tasks: dict[int, Task] = {}
         self._task_ids, self._sample_ids = itertools.count(), itertools.count()
         self._calls: deque[Callable[[], None]] = deque()  # callbacks that wait for the end of the step

@@ -29,8 +29,10 @@ class Turn:
 class Scheduler:
     """Waiting and running sequences, first come first served, and the slots the running ones hold."""
 
-    def __init__(self, target: LanguageModel, drafter: Drafter | None, max_running: int, prefill_tokens: int):
-        self._target, self._drafter = target, drafter
+    def __init__(
+        self, target: LanguageModel, drafter: Drafter | None, max_running: int, prefill_tokens: int, shares_target: bool
+    ):
+        self._target, self._drafter, self._shares_target = target, drafter, shares_target
         self._max_running, self._prefill_tokens = max_running, prefill_tokens
         self._waiting: deque[Sample] = deque()
         self._running: list[Sample] = []
@@ -110,7 +112,7 @@ class Scheduler:
         """False while there is no room. Raises ValueError where there never will be."""
         context = sample.context
         slot = self._target.open(context.capacity)
-        if slot is None and not self._running:
+        if slot is None and not self._running and not self._shares_target:
             raise ValueError(
                 f"{self._target.name} has no room for {context.capacity} tokens although nothing runs: ask for fewer "
                 "max_tokens, or give its cache more memory"
@@ -118,7 +120,11 @@ class Scheduler:
         if slot is None:
             return False
         if self._drafter is not None and sample.task.request.draft_length != 0:
-            sample.drafting = self._drafter.open(context)
+            try:
+                sample.drafting = self._drafter.open(context)
+            except BaseException:
+                self._target.close(slot)
+                raise
             if not sample.drafting and self._running:
                 self._target.close(slot)
                 return False

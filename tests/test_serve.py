@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -19,7 +22,7 @@ from spec.engine import Engine
 from spec.params import Params
 from spec.request import Completion, Request
 from tests.conftest import make_model
-from tests.serve_process import ServerProcess
+from tests.serve_process import ROOT, ServerProcess
 
 PROMPT = "Tom has 3 apples and buys 4 more."
 CHAT: Any = [{"role": "user", "content": PROMPT}]
@@ -35,7 +38,14 @@ def models(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
     vocabulary = {f"<{token}>": id for token, id in tokenizer.get_vocab().items()}
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), eos_token="<<|im_end|>>")
+    damaged, without = make_model(folder / "damaged", tokenizer, layers=1), folder / "no tokenizer"
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    shutil.copytree(damaged, without)
+    (without / "tokenizer.json").write_text("{}")
     return {
+        "damaged": damaged,
+        "no tokenizer": without,
         "target": make_model(folder / "target", tokenizer),
         "draft": make_model(folder / "draft", tokenizer, layers=2, seed=1),
         "other": make_model(folder / "other", other, layers=1),
@@ -51,8 +61,10 @@ def engine(models, tokenizer) -> Engine:
 
 @pytest.fixture(scope="module")
 def server(models):
-    server = ServerProcess("--target", models["target"], "--draft", models["draft"], *COMMON)
+    server = ServerProcess("--target", models["target"], "--draft", models["draft"], *COMMON, "--audit-share", 1)
     yield server
+    assert server.figure("spec_audit_tokens_total") > 500 and server.figure("spec_audit_different") == 0
+    assert server.figure("spec_audit_log10_e") < 3  # whatever the tests of this file asked for
     assert server.stop() == 0
 
 
@@ -387,6 +399,14 @@ def test_the_log_has_facts_and_no_text(client, server) -> None:
     assert "secret" not in json.dumps(server.lines)
 
 
+@pytest.mark.parametrize("name", ("damaged", "no tokenizer"))
+def test_a_damaged_target_ends_the_start_with_one_line(name: str, models) -> None:
+    command = [sys.executable, "-m", "spec.serve", "--target", str(models[name]), "--port", "0", *COMMON]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("error: cannot load the ")
+
+
 # ------------------------------------------------------------------------------------------------------ operation
 
 
@@ -466,6 +486,8 @@ def test_drafts_swap_while_requests_run(busy_server, models, engine, tokenizer) 
     for body, message in (
         ({"draft": str(models["other"])}, "different tokenizers"),
         ({"draft": "nowhere"}, "there is no such directory"),
+        ({"draft": str(models["damaged"])}, "damaged"),
+        ({"draft": str(models["no tokenizer"])}, "cannot load the tokenizer"),
         ({"draft": "ngram", "draft_length": "many"}, "give a number"),
     ):
         refused = httpx.post(url + "/admin/draft", json=body, headers=admin, timeout=60)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,9 +16,11 @@ from spec.drafters.ngram import NgramDrafter
 from spec.engine import Engine
 from spec.params import Params
 from spec.request import Event, Request, Result
+from spec.serve.drafts import Drafts, Loaded
 from spec.serve.errors import ApiError
 from spec.serve.respond import _in_time
-from spec.serve.selftest import SelfTestFailed, check_drafter, check_greedy
+from spec.serve.selftest import check_drafter, check_greedy, greedy_check
+from spec.serve.slices import SelfTestFailed
 from spec.serve.worker import Busy, EngineFailed, Worker
 from spec.verify import Mode
 from tests.enumerate_engine import Branches, Text, text_law
@@ -182,6 +186,45 @@ def test_a_stopped_worker_leaves_nobody_waiting() -> None:
     serving(Engine(TableModel(random_logits(8, 1), 8)), program)
 
 
+def test_a_cancelled_call_is_left_out_and_the_engine_lives() -> None:
+    ran: list[int] = []
+
+    async def program(worker: Worker) -> None:
+        gate = threading.Event()
+        worker.call(lambda engine: gate.wait(5))
+        left = worker.call(lambda engine: ran.append(1))
+        assert left.cancel()
+        gate.set()
+        assert await asyncio.wrap_future(worker.call(lambda engine: 7)) == 7 and worker.alive and not ran
+        with pytest.raises(ZeroDivisionError):
+            await asyncio.wrap_future(worker.call(lambda engine: 1 // 0))
+        assert worker.alive
+
+    serving(Engine(TableModel(random_logits(8, 1), 8)), program)
+
+
+def test_calls_that_a_failing_engine_leaves_behind_end_too() -> None:
+    async def program(worker: Worker) -> None:
+        gate, dead = threading.Event(), RuntimeError("the device is gone")
+
+        def fail() -> bool:
+            gate.wait(5)
+            raise dead
+
+        worker.engine.step = fail  # type: ignore[method-assign]
+        worker.submit([Request([1], max_tokens=5)], stream=False)
+        await asyncio.sleep(0.05)  # it waits in the step
+        waiting, cancelled = worker.call(lambda engine: 1), worker.call(lambda engine: 2)
+        cancelled.cancel()
+        gate.set()
+        with pytest.raises(EngineFailed, match="RuntimeError"):
+            await asyncio.wrap_future(waiting)
+        with pytest.raises(EngineFailed, match="not running"):
+            await asyncio.wrap_future(worker.call(lambda engine: 3))
+
+    serving(Engine(TableModel(random_logits(8, 1), 8)), program)
+
+
 @pytest.mark.parametrize(("raised", "status"), ((None, 408), (ValueError("x"), 400), (EngineFailed("x"), 500)))
 def test_what_ends_a_wait_has_its_status(raised: Exception | None, status: int) -> None:
     async def work() -> None:
@@ -194,6 +237,75 @@ def test_what_ends_a_wait_has_its_status(raised: Exception | None, status: int) 
 
 
 # ------------------------------------------------------------------------------------------------ checks of a draft
+
+
+def drafts_of(worker: Worker, drafter: Drafter | None, on_swap: Callable[[], None] = lambda: None) -> Drafts:
+    """What swaps to ``drafter``, whatever name is asked for."""
+    target = worker.engine.target
+    return Drafts(worker, Loaded(None, None, "2"), lambda name: drafter, partial(greedy_check, target), on_swap)
+
+
+def test_requests_run_on_while_a_draft_is_checked() -> None:
+    """Between any two steps of the check there is one of the engine: they take turns."""
+    model = TableModel(random_logits(8, 1), 8)
+    engine = Engine(model)
+
+    async def program(worker: Worker) -> None:
+        job = worker.submit([Request([1], max_tokens=2000)], stream=True)
+        await anext(job.items())
+        spoken = lambda engine: len(next(iter(engine._tasks.values())).samples[0].context.output_ids)  # noqa: E731
+        before = await asyncio.wrap_future(worker.call(spoken))
+        after: list[int] = []
+        await drafts_of(worker, NgramDrafter(), lambda: after.append(spoken(engine))).swap("ngram", None)
+        assert after[0] - before > 20 and engine.drafter is not None
+        job.cancel()
+
+    serving(engine, program)
+    assert not model.held
+
+
+def test_a_draft_takes_over_though_the_cache_is_full() -> None:
+    """One slot, with requests queueing for it: the check takes its turn when one ends."""
+    model = TableModel(random_logits(8, 1), 8, slots=1)
+
+    async def program(worker: Worker) -> None:
+        jobs = [worker.submit([Request([1], max_tokens=60)], stream=False) for _ in range(6)]
+        drafts = drafts_of(worker, NgramDrafter())
+        await drafts.swap("ngram", None)
+        assert drafts.current.name == "ngram" and drafts.version == 1
+        for job in jobs:
+            assert len((await job.wait())[0].completions[0].token_ids) == 60
+
+    serving(Engine(model, shares_target=True), program, max_waiting=20)
+    assert not model.held
+
+
+class Failing(NgramDrafter):
+    """Fails when it is asked for drafts of more than made-up texts."""
+
+    def open(self, context) -> bool:
+        if context.capacity > 22:
+            raise RuntimeError("no kernel image is available")
+        return super().open(context)
+
+
+def test_a_draft_that_fails_in_its_checks_is_refused_and_the_engine_lives() -> None:
+    model = TableModel(random_logits(16, 1), 16)
+
+    async def program(worker: Worker) -> None:
+        drafts = drafts_of(worker, Failing())
+        with pytest.raises(ApiError, match="RuntimeError: no kernel image") as refused:
+            await drafts.swap("other", None)
+        assert refused.value.status == 409 and drafts.version == 0 and worker.alive and worker.engine.drafter is None
+        with pytest.raises(ApiError, match="no draft to go back to"):
+            await drafts.rollback()
+        worker.stop()
+        with pytest.raises(ApiError) as refused:
+            await drafts_of(worker, None).swap(None, None)
+        assert refused.value.status == 503
+
+    serving(Engine(model), program)
+    assert not model.held
 
 
 class Broken(NgramDrafter):

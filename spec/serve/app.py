@@ -239,7 +239,7 @@ async def rollback(http: HttpRequest) -> Json:
 async def _run(
     http: HttpRequest, service: Service, requests: list[Request], answer: Answer, head: Head, body: Sampling
 ) -> Response:
-    job = submit(service.worker, requests, bool(body.stream))
+    job = submit(service.worker, requests, body)
     return await respond(http, job, answer, head, body, service.policy.request_seconds, service.log.with_text)
 
 

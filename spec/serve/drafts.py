@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spec.loading import draft_length
 from spec.serve.errors import ApiError
-from spec.serve.selftest import SelfTestFailed, check_drafter, check_greedy
+from spec.serve.selftest import check_drafter
+from spec.serve.slices import Check, SelfTestFailed, advance
+from spec.serve.worker import EngineFailed
 
 if TYPE_CHECKING:
     from spec.drafters.base import Drafter
     from spec.engine import Engine
     from spec.serve.worker import Worker
+
+_CHECK_SECONDS = 300.0  # for the checks of a candidate, most of them waiting for room in a full cache
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Drafts:
 
     Args:
         load: makes the drafter a name stands for, or raises ValueError or OSError with the remedy.
-        on_swap: told after every exchange.
+        check: what a candidate has to pass, in parts that run between steps of the engine.
+        on_swap: told after every exchange, in the engine's thread.
     """
 
     def __init__(
@@ -39,20 +44,21 @@ class Drafts:
         worker: Worker,
         current: Loaded,
         load: Callable[[str | None], Drafter | None],
+        check: Callable[[Drafter | None], Check[Any]],
         on_swap: Callable[[], None] = lambda: None,
     ):
         self.current = current
         self.previous: Loaded | None = None
         self.version = 0
-        self._worker, self._load, self._on_swap = worker, load, on_swap
+        self._worker, self._load, self._check, self._on_swap = worker, load, check, on_swap
         self._exchange = asyncio.Lock()
         self._default_length = current.length
 
-    async def swap(self, name: str | None, length: str | None) -> Loaded:
+    async def swap(self, name: str | None, length: str | None) -> None:
         """Loads a draft beside the current one, checks it, and lets it take over.
 
         Raises ApiError: 400 for a draft that cannot be loaded or fits another tokenizer or vocabulary, 409 where it
-        fails its smoke check or another swap is under way. The current draft stays then.
+        fails its checks or another swap is under way, 503 without an engine. The current draft stays then.
         """
         length = length or self._default_length
         if self._exchange.locked():
@@ -60,34 +66,54 @@ class Drafts:
         async with self._exchange:
             try:
                 draft_length(length)
-                drafter = await asyncio.to_thread(self._checked, name)
-                return await self._take_over(Loaded(name, drafter, length), test=True)
+                drafter = await asyncio.to_thread(self._loaded, name)
+                await self._checked(drafter)
+                await self._take_over(Loaded(name, drafter, length))
             except SelfTestFailed as error:
                 raise ApiError(409, f"the draft failed its smoke check: {error}", code="smoke_check_failed") from None
             except (ValueError, OSError) as error:
                 raise ApiError(400, " ".join(str(error).split()), param="draft") from None
+            except EngineFailed as error:
+                raise ApiError(503, str(error)) from None
 
-    async def rollback(self) -> Loaded:
-        """The draft before the current one takes over again. Raises ApiError 409 where there is none."""
+    async def rollback(self) -> None:
+        """The draft before the current one takes over again. Raises ApiError 409 where there is none, 503 as above."""
         if self._exchange.locked() or self.previous is None:
             raise ApiError(409, "there is no draft to go back to, or one is being loaded")
         async with self._exchange:
-            return await self._take_over(self.previous, test=False)
+            try:
+                await self._take_over(self.previous)
+            except EngineFailed as error:
+                raise ApiError(503, str(error)) from None
 
-    def _checked(self, name: str | None) -> Drafter | None:
-        drafter = self._load(name)
-        if drafter is not None:
-            check_drafter(drafter, self._worker.engine.target.vocab_size)
+    def _loaded(self, name: str | None) -> Drafter | None:
+        try:
+            drafter = self._load(name)
+            if drafter is not None:
+                check_drafter(drafter, self._worker.engine.target.vocab_size)
+        except (ValueError, OSError, SelfTestFailed):
+            raise
+        except Exception as error:  # no memory for it, a kernel that is missing: the candidate's fault all the same
+            raise SelfTestFailed(f"{type(error).__name__}: {error}") from error
         return drafter
 
-    async def _take_over(self, new: Loaded, test: bool) -> Loaded:
+    async def _checked(self, drafter: Drafter | None) -> None:
+        """Raises SelfTestFailed. There is a part of the check between any two steps of the engine: requests run on."""
+        check = self._check(drafter)
+        try:
+            async with asyncio.timeout(_CHECK_SECONDS):
+                while not await asyncio.wrap_future(self._worker.call(lambda engine: advance(engine, check))):
+                    pass
+        except TimeoutError:
+            raise SelfTestFailed(f"not done within {_CHECK_SECONDS:.0f} s: try again when fewer requests run") from None
+        finally:
+            self._worker.call(lambda engine: check.close())
+
+    async def _take_over(self, new: Loaded) -> None:
         def exchange(engine: Engine) -> None:
-            if test:
-                check_greedy(engine.target, new.drafter)
             engine.swap_drafter(new.drafter, draft_length(new.length))
+            self.current, self.previous = new, self.current  # here: true from this step on, whoever waits for it
+            self.version += 1
+            self._on_swap()
 
         await asyncio.wrap_future(self._worker.call(exchange))
-        self.current, self.previous = new, self.current
-        self.version += 1
-        self._on_swap()
-        return new

@@ -74,6 +74,10 @@ class Metrics:
         """An answer that is an error."""
         self.refused.labels(**self._labels, status=str(status)).inc()
 
+    def audit(self) -> AuditFigures:
+        """The figures of a live audit, once."""
+        return AuditFigures(self.registry, self._labels)
+
     def swapped(self) -> None:
         self._add(self.swaps, 1)
 
@@ -104,3 +108,37 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(name, text, list(self._labels), registry=self.registry, buckets=buckets)
+
+
+class AuditFigures:
+    """What :class:`spec.serve.audit.LiveAudit` has found so far."""
+
+    def __init__(self, registry: CollectorRegistry, labels: dict[str, str]):
+        def counter(name: str, text: str) -> Counter:
+            return Counter(name, text, list(labels), registry=registry).labels(**labels)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, list(labels), registry=registry).labels(**labels)
+
+        self._tokens = counter("spec_audit_tokens", "Served tokens scored by the target.")
+        self._samples = counter("spec_audit_samples", "Answers of which tokens were scored.")
+        self._skipped = counter("spec_audit_skipped", "Requests that cannot be audited: greedy, too long, or no token.")
+        self._seconds = counter("spec_audit_seconds", "Seconds of the engine's thread spent on it.")
+        self._log10_e = gauge("spec_audit_log10_e", "Evidence against the target's law; 6 is one false alarm in 1e6.")
+        self._epsilon = gauge("spec_audit_epsilon", "Bound on the mean shift of mass a token, along what is tested.")
+        self._different = gauge("spec_audit_different", "1 once the served text was shown not to be the target's.")
+        self._epsilon.set(1)
+
+    def skipped(self) -> None:
+        self._skipped.inc()
+
+    def spent(self, seconds: float) -> None:
+        self._seconds.inc(seconds)
+
+    def looked(self, tokens: int, log10_e: float, epsilon: float, different: bool) -> None:
+        """After one more answer of ``tokens`` tokens."""
+        self._tokens.inc(tokens)
+        self._samples.inc()
+        self._log10_e.set(log10_e)
+        self._epsilon.set(epsilon)
+        self._different.set(different)

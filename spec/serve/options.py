@@ -13,7 +13,7 @@ _SECRETS = {"api_key": "SPEC_API_KEY", "admin_key": "SPEC_ADMIN_KEY"}  # never i
 # What only our own engine and server have; with --backend vllm they are refused, not dropped.
 TORCH_ONLY = (
     "admin_key", "allowed_host", "cache_tokens", "default_max_tokens", "drafting", "draft_quantization", "log_text",
-    "max_body", "max_waiting", "mode", "quantization", "request_timeout",
+    "audit_at_start", "audit_share", "max_body", "max_waiting", "mode", "quantization", "request_timeout",
 )  # fmt: skip
 
 
@@ -45,6 +45,10 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     add("--draft-quantization", choices=("auto", "none", "int8", "int4"), default="auto", help="of a draft's weights")
     add("--mode", choices=("block", "token"), default="block", help="verification")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
+    add("--audit-at-start", type=int, default=512, metavar="N",
+        help="sampled tokens audited before serving, and before a new draft takes over; 0: none")  # fmt: skip
+    add("--audit-share", type=float, default=0.01, metavar="SHARE",
+        help="of the requests to audit while serving; 0: none")  # fmt: skip
     add("--quantization", choices=("none", "int8", "int4"), default="none", help="of the target: another target")
     add("--device", help="cpu or cuda; default: a GPU where there is one")
 
@@ -89,11 +93,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if getattr(options, name) is None:
             setattr(options, name, os.environ.get(variable) or None)
     for name, least in (("max_running", 1), ("max_waiting", 0), ("default_max_tokens", 1), ("max_body", 1024),
-                        ("request_timeout", 0.001), ("drain_timeout", 0), ("cache_tokens", 16),
+                        ("request_timeout", 0.001), ("audit_at_start", 0), ("drain_timeout", 0), ("cache_tokens", 16),
                         ("max_model_len", 1)):  # fmt: skip
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}")
+    if not 0 <= options.audit_share <= 1:
+        parser.error(f"--audit-share {options.audit_share}: must be in [0, 1]")
     if not 0 <= options.port < 65536:
         parser.error(f"--port {options.port}: must be in 0..65535")
     return options

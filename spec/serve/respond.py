@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,10 +28,10 @@ class ClientGone(Exception):
     """Nobody waits for the answer any more."""
 
 
-def submit(worker: Worker, requests: Sequence[Request], stream: bool) -> Job:
+def submit(worker: Worker, requests: Sequence[Request], body: Sampling) -> Job:
     """Queues them. Raises ApiError 429 with Retry-After where there is no room, 503 where there is no engine."""
     try:
-        return worker.submit(requests, stream)
+        return worker.submit(requests, bool(body.stream), clients_seed=body.seed is not None)
     except Busy as busy:
         raise ApiError(
             429, f"the queue is full; try again in {busy.retry_after} s", code="queue_full",
@@ -107,15 +108,19 @@ class _Stream(Response):
 async def _chunks(job: Job, answer: Answer, head: Head, body: Sampling) -> AsyncIterator[Json]:
     counted = body.stream_options is not None and bool(body.stream_options.include_usage)
     blank: Json = {"usage": None} if counted else {}
+    live: dict[int, Counter[str]] = defaultdict(Counter)
     async for prompt, item in job.items():
         if not isinstance(item, Event):
             _check([item])
             continue
         if item.finish_reason in ("error", "cancelled"):
             continue  # its Result says more
-        choice = await answer.delta(prompt * job.requests[0].n + item.sample, prompt, item)
+        index = prompt * job.requests[0].n + item.sample
+        live[index].update(tokens=1, accepted=item.from_draft, drafted=item.drafted or 0)
+        live[index].update(target_steps=item.drafted is not None)
+        choice = await answer.delta(index, prompt, item)
         if choice is not None:
-            origin = {"from_draft": item.from_draft} if body.metrics else {}
+            origin: Json = {"from_draft": item.from_draft, "so_far": dict(live[index])} if body.metrics else {}
             yield {**head.around(answer.chunk_object, [{**choice, **origin}]), **blank}
     results = [result for result in job.results if result is not None]
     last: Json = {"usage": usage(results)} if counted else {}

@@ -10,6 +10,7 @@ from spec.drafters.base import Context
 from spec.engine import Engine
 from spec.params import Params
 from spec.request import Completion, Request
+from spec.serve.slices import Check, SelfTestFailed, completions, run
 
 if TYPE_CHECKING:
     from spec.drafters.base import Drafter
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 _TOKENS = 16
 # Greedy texts may part where two tokens tie within rounding; nats, far below what a fault gives.
 _TIE = 0.1
-
-
-class SelfTestFailed(Exception):
-    """The drafter, or the engine with it, does not do what it must; the message says what."""
 
 
 def check_drafter(drafter: Drafter, vocabulary: int) -> None:
@@ -46,20 +43,25 @@ def check_drafter(drafter: Drafter, vocabulary: int) -> None:
 
 
 def check_greedy(target: LanguageModel, drafter: Drafter | None) -> None:
-    """The speculative greedy text is the plain one, but for ties. Between steps of whoever else drives ``target``.
+    """The speculative greedy text is the plain one, but for ties. Nobody else may use ``target`` meanwhile.
 
     Raises SelfTestFailed.
     """
+    run(greedy_check(target, drafter))
+
+
+def greedy_check(target: LanguageModel, drafter: Drafter | None) -> Check[None]:
+    """The same in parts (:mod:`spec.serve.slices`)."""
     prompt = _prompt(target.vocab_size)[: max(target.max_positions - _TOKENS, 1)]
     greedy = Request(prompt, Params(temperature=0), _TOKENS, logprobs=2)
     sampled = Request(prompt, Params(top_p=0.9), _TOKENS)  # must run; and what it compiles, no client waits for
-    plain, quick, other = (
-        Engine(target, one, draft_length=3, end_tokens=()).generate([request])[0].completions[0]
-        for one, request in ((None, greedy), (drafter, greedy), (drafter, sampled))
-    )
-    for completion in (plain, quick, other):
-        if completion.error is not None:
-            raise SelfTestFailed(completion.error)
+
+    def decoded(drafter: Drafter | None, request: Request) -> Check[Completion]:
+        return (yield from completions(Engine(target, drafter, draft_length=3, end_tokens=()), [request]))[0]
+
+    plain = yield from decoded(None, greedy)
+    quick = yield from decoded(drafter, greedy)
+    yield from decoded(drafter, sampled)
     at = next((i for i in range(len(plain.token_ids)) if plain.token_ids[i] != quick.token_ids[i]), None)
     if at is not None and not _tied(plain, at, quick.token_ids[at]):
         raise SelfTestFailed(

@@ -8,6 +8,7 @@ import socket
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from spec import loading
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from spec.drafters.base import Drafter
     from spec.models.base import LanguageModel
     from spec.serve.app import Policy, Service
+    from spec.serve.log import RequestLog
+    from spec.serve.metrics import Metrics
     from spec.serve.plan import Limits
+    from spec.serve.slices import Check
+    from spec.serve.worker import Worker
+    from spec.verify import Mode
 
 _IPV6 = "["  # what starlette makes of the Host header [::1]:8000
 _MOST_CHOICES = 128  # of one call
@@ -75,30 +81,35 @@ def make_service(options: Namespace) -> Service:
     from spec.serve.worker import Worker
 
     parts = load(options)
-    drafter = parts.tested_drafter(options.draft)
+    drafter = parts.tested_drafter(options.draft, options.audit_at_start)
     engine = Engine(
         parts.target, drafter, tokenizer=parts.tokenizer, draft_length=loading.draft_length(options.draft_length),
-        mode=options.mode, max_running=options.max_running,
+        mode=options.mode, max_running=options.max_running, shares_target=True,  # with checks and audits
     )  # fmt: skip
     name = model_name(options)
     metrics = Metrics(name, lambda: engine.load)
     worker = Worker(
         engine, max_running=options.max_running, max_waiting=options.max_waiting, on_result=metrics.observe
     )  # fmt: skip
+    log = RequestLog(options.log_text)
+    if options.audit_share:
+        _audit_live(worker, options.audit_share, metrics, log)
     limits = _limits(options, parts)
     return app.Service(
         name=name,
         target=options.target,
         worker=worker,
-        texts=Texts(
-            loading.open_tokenizer(options.target), limits.context
-        ),  # its own: another thread's than the engine's
+        texts=Texts(loading.open_tokenizer(options.target), limits.context),  # not the engine's: for another thread
         base_limits=limits,
         metrics=metrics,
         drafts=Drafts(
-            worker, Loaded(options.draft, drafter, options.draft_length), parts.open_drafter, metrics.swapped
+            worker,
+            Loaded(options.draft, drafter, options.draft_length),
+            parts.open_drafter,
+            partial(parts.checks, audit_tokens=options.audit_at_start),
+            metrics.swapped,
         ),
-        log=RequestLog(options.log_text),
+        log=log,
         policy=_policy(options),
     )
 
@@ -111,6 +122,7 @@ class _Parts:
     tokenizer: PreTrainedTokenizerBase
     models: loading.ModelOptions
     drafting: loading.DrafterOptions
+    mode: Mode
 
     def open_drafter(self, name: str | None) -> Drafter | None:
         """Raises ValueError or OSError with the remedy."""
@@ -118,18 +130,28 @@ class _Parts:
             loading.check_names(self.target.name, name)
         return loading.open_drafter(name, self.target, self.tokenizer, self.models, self.drafting)
 
-    def tested_drafter(self, name: str | None) -> Drafter | None:
+    def tested_drafter(self, name: str | None, audit_tokens: int = 0) -> Drafter | None:
         """The start-up self-test, of the target too. Raises ValueError where it fails."""
-        from spec.serve.selftest import SelfTestFailed, check_drafter, check_greedy
+        from spec.serve.selftest import check_drafter
+        from spec.serve.slices import SelfTestFailed, run
 
         drafter = self.open_drafter(name)
         try:
             if drafter is not None:
                 check_drafter(drafter, self.target.vocab_size)
-            check_greedy(self.target, drafter)
+            run(self.checks(drafter, audit_tokens))
         except SelfTestFailed as error:
             raise ValueError(f"start-up self-test: {error}") from None
         return drafter
+
+    def checks(self, drafter: Drafter | None, audit_tokens: int) -> Check[None]:
+        """Of the target with a drafter: greedy text, and an audit of ``audit_tokens`` sampled tokens at most."""
+        from spec.serve.audit import TEXTS, smoke_audit
+        from spec.serve.selftest import greedy_check
+
+        yield from greedy_check(self.target, drafter)
+        prompts = [list(self.tokenizer(text)["input_ids"]) for text in TEXTS]
+        yield from smoke_audit(self.target, drafter, self.mode, prompts, audit_tokens)
 
 
 def load(options: Namespace) -> _Parts:
@@ -143,7 +165,15 @@ def load(options: Namespace) -> _Parts:
     tokenizer = loading.open_tokenizer(options.target)
     models = loading.ModelOptions(options.dtype, options.device, options.cache_tokens)
     target = loading.open_target(options.target, models, options.quantization)
-    return _Parts(target, tokenizer, models, loading.DrafterOptions(options.drafting, options.draft_quantization))
+    drafting = loading.DrafterOptions(options.drafting, options.draft_quantization)
+    return _Parts(target, tokenizer, models, drafting, options.mode)
+
+
+def _audit_live(worker: Worker, share: float, metrics: Metrics, log: RequestLog) -> None:
+    from spec.serve.audit import LiveAudit
+
+    audit = LiveAudit(worker, share, metrics.audit(), log)
+    worker.on_arrival = audit.arrived
 
 
 def _limits(options: Namespace, parts: _Parts) -> Limits:

@@ -19,6 +19,7 @@ from spec.request import Event, Request, Result
 if TYPE_CHECKING:
     from spec.engine import Engine
 
+Watcher = Callable[[Result], None]
 Item = tuple[int, Event | Result]  # index of the request in its job, and what came of it
 T = TypeVar("T")
 
@@ -38,12 +39,13 @@ class EngineFailed(Exception):
 class Job:
     """Engine requests that one HTTP call waits for, in the event loop that submitted them."""
 
-    def __init__(self, worker: Worker, requests: Sequence[Request], stream: bool):
-        self.requests, self.stream = requests, stream
+    def __init__(self, worker: Worker, requests: Sequence[Request], stream: bool, clients_seed: bool):
+        self.requests, self.stream, self.clients_seed = requests, stream, clients_seed
         self.samples = sum(request.n for request in requests)
         self.results: list[Result | None] = [None] * len(requests)
         self.loop = asyncio.get_running_loop()
         self.ids: list[int] = []  # in the engine; only its thread reads and writes them
+        self.watchers: list[Watcher] = []  # of each request: who else is told of its result
         self._worker = worker
         self._items: asyncio.Queue[Sequence[Item] | Exception] = asyncio.Queue()
 
@@ -87,6 +89,9 @@ class Worker:
         max_waiting: samples that may wait behind those that run; more are refused with :class:`Busy`.
         on_result: told of every result, in the engine's thread.
         on_failure: told, in the engine's thread, that the engine failed; every job has been told before.
+
+    ``on_arrival`` may be set before the start: shown every request in the order in which the engine gets them, with
+    whether its seed is a client's, in the engine's thread; what it returns is called with the result.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Worker:
         self._most = max_running + max_waiting
         self._max_running = max_running
         self._on_result, self.on_failure = on_result, on_failure
+        self.on_arrival: Callable[[Request, bool], Watcher] = lambda request, clients_seed: lambda result: None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()  # in the engine; only its thread changes it
         self._outbox: dict[Job, list[Item]] = {}
@@ -124,9 +130,9 @@ class Worker:
         self._commands.put(self._stop)
         self._thread.join(timeout_s)
 
-    def submit(self, requests: Sequence[Request], stream: bool) -> Job:
+    def submit(self, requests: Sequence[Request], stream: bool, clients_seed: bool = False) -> Job:
         """Queues checked requests; from an event loop. Raises Busy or EngineFailed."""
-        job = Job(self, requests, stream)
+        job = Job(self, requests, stream, clients_seed)
         with self._lock:
             if not self.alive:
                 raise EngineFailed("the engine is not running")
@@ -143,16 +149,16 @@ class Worker:
             self._commands.put(partial(self._cancel, job))
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
-        """Runs ``function(engine)`` between steps, in the engine's thread; its outcome."""
+        """Runs ``function(engine)`` between steps, in the engine's thread; its outcome, EngineFailed without an engine.
+
+        Cancelling the future before its turn leaves the call out.
+        """
         future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function(self.engine))
-            except Exception as error:  # the caller's to handle
-                future.set_exception(error)
-
-        self._commands.put(run)
+        with self._lock:
+            if self.alive:
+                self._commands.put(partial(self._call, future, function))  # in here, or _tell_all might miss it
+            else:
+                future.set_exception(EngineFailed("the engine is not running"))
         return future
 
     # Below: in the engine's thread
@@ -173,7 +179,7 @@ class Worker:
         """All that wait, and the next one to come if there is nothing to do."""
         if not self.engine.busy:
             self._commands.get()()
-        while not self._commands.empty():
+        for _ in range(self._commands.qsize()):  # not what they queue: a step comes in between
             self._commands.get()()
 
     def _add(self, job: Job) -> None:
@@ -182,10 +188,21 @@ class Worker:
             for index, request in enumerate(job.requests):
                 on_token = partial(self._token, job, index) if job.stream else None
                 job.ids.append(self.engine.add(request, on_token, partial(self._done, job, index)))
+                job.watchers.append(self.on_arrival(request, job.clients_seed))
         except ValueError as error:
             self._cancel(job)
             self._leave(job)
             job.loop.call_soon_threadsafe(job.put, error)
+
+    def _call(self, future: Future[T], function: Callable[[Engine], T]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            outcome = function(self.engine)
+        except Exception as error:  # the caller's to handle
+            future.set_exception(error)
+        else:
+            future.set_result(outcome)
 
     def _cancel(self, job: Job) -> None:
         for id in job.ids:
@@ -197,6 +214,7 @@ class Worker:
     def _done(self, job: Job, index: int, result: Result) -> None:
         self._outbox.setdefault(job, []).append((index, result))
         self._on_result(result)
+        job.watchers[index](result)
         self._seconds += 0.1 * (result.seconds - self._seconds)
         job.ids[index] = -1  # no number of a request
         if all(id == -1 for id in job.ids):
@@ -233,9 +251,13 @@ class Worker:
         self._jobs.clear()
         while not self._commands.empty():  # what was submitted meanwhile fails too, when its handler waits
             command = self._commands.get()
-            if isinstance(command, partial) and command.func == self._add:
+            if not isinstance(command, partial):
+                continue
+            if command.func == self._add:
                 job = command.args[0]
                 job.loop.call_soon_threadsafe(job.put, error)
+            elif command.func == self._call and command.args[0].set_running_or_notify_cancel():
+                command.args[0].set_exception(error)
 
 
 def _put_all(batches: Sequence[tuple[Job, list[Item]]]) -> None:
