@@ -11,6 +11,7 @@ Why the output is exact, whatever the draft lengths and however a block ends:
 - a block that holds a stop token (or string, or the last allowed token) is cut there. What is kept is a prefix of a
   text distributed as the target's, ended where plain decoding of the same text would end it: stopping is a function of
   the text up to that point, and what was dropped is looked at by nobody;
+- a constraint (:mod:`spec.constraint`) is part of the target: its mask is a function of the text before each row;
 - logits that are not finite end the texts that come to them, and no other (:func:`spec.rows.decide`);
 - noise is keyed by the request's seed, output position, round and purpose (:mod:`spec.random`): same seed, same text,
   whatever else is in the batch. With draft length 0 only the TARGET stream is used: plain decoding is this engine
@@ -198,8 +199,7 @@ class Engine:
             if ended is not None:
                 self._close(sample, ended)
             elif verdict.tokens[b] is None:
-                at = len(sample.context) - 1
-                self._end(sample, "error", _NOT_FINITE.format(name=self.target.name, at=at))
+                self._end(sample, "error", _why(sample, self.target.name))
             elif b in proposal.asked:
                 self._proposer.commit(sample, verdict.accepted[b])
 
@@ -244,6 +244,13 @@ _NOT_FINITE = (
     "{name}: non-finite logits at position {at} of the sequence. Check the weights for NaN, try float32, or widen the "
     "allowed tokens if a mask left none."
 )
+
+
+def _why(sample: Sample, target: str) -> str:
+    """Why no token can follow what a sample has."""
+    context = sample.context
+    failure = None if context.constraint is None else context.constraint.failure(len(context.output_ids))
+    return failure or _NOT_FINITE.format(name=target, at=len(context) - 1)
 
 
 def _step(turns: Sequence[Turn], proposal: Proposal) -> Step:

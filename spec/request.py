@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from spec.field_types import need_integer, need_token_ids
 from spec.params import Params
 from spec.random import philox
+
+if TYPE_CHECKING:
+    from spec.constraint import Grammar
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -27,6 +30,7 @@ class Request:
     logprobs: int | None = None  # None: none; 0: the sampled token's; k: also the k most probable
     draft_length: int | None = None  # None: as the engine is set up; 0: plain decoding; k: always k
     special_tokens: bool = False  # whether special tokens show in the text; what ends it never does
+    grammar: Grammar | None = None  # what the text must match, compiled by spec.constraint.Grammars
 
     def check(self, vocabulary: int, max_positions: int, *, has_text: bool = True) -> None:
         """Raises ValueError, naming the remedy, for what a model of ``vocabulary`` and ``max_positions`` cannot do.
@@ -50,6 +54,8 @@ class Request:
         if not isinstance(self.params, Params):
             raise ValueError(f"params={self.params!r}: give a spec.params.Params, for example Params(temperature=0)")
         self.params.check_vocabulary(vocabulary)
+        if self.grammar is not None:
+            _check_grammar(self.grammar, vocabulary)
 
 
 _INSTEAD = {"draft_length": "; use 0 for plain decoding", "logprobs": "; use None for no log-probs"}
@@ -83,6 +89,18 @@ def _check_stop(stop: Sequence[str], has_text: bool) -> None:
         raise ValueError("an empty stop string would end every text at once: remove it")
     if stop and not has_text:
         raise ValueError("stop strings need a tokenizer: give one to Engine(tokenizer=...), or use stop_token_ids")
+
+
+def _check_grammar(grammar: Grammar, vocabulary: int) -> None:
+    from spec.constraint import Grammar
+
+    if not isinstance(grammar, Grammar):
+        raise ValueError(f"grammar={grammar!r}: compile it with spec.constraint.Grammars, for example .regex('yes|no')")
+    if grammar.vocab_size != vocabulary:
+        raise ValueError(
+            f"the grammar is compiled for a vocabulary of {grammar.vocab_size}, the target's has {vocabulary}: "
+            "compile it with Grammars(tokenizer, target.vocab_size, ...)"
+        )
 
 
 def sample_seed(seed: int, index: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,9 +48,15 @@ def score(
     params: Sequence[Params],
     prompts: Sequence[Sequence[int]] | None = None,
     outputs: Sequence[Sequence[int]] | None = None,
+    allowed: Tensor | None = None,
 ) -> Scores:
-    """Logits [N, V] of rows with their own [N] parameters and, for penalties, histories. May change ``logits``."""
+    """Logits [N, V] of rows with their own [N] parameters and, for penalties, histories. May change ``logits``.
+
+    ``allowed``: [N, V] bool, of :func:`allowed_rows`, on top of what the parameters allow.
+    """
     options = row_options(params, logits.shape[-1], prompts, outputs, logits.device)
+    if allowed is not None:
+        options["allowed"] = allowed & options["allowed"] if "allowed" in options else allowed
     shaping = {name: options.pop(name) for name in _SHAPING if name in options}
     values = adjusted_logits(logits, **options)
     top = scaled_top(values, shaping.get("temperature", 1.0))  # shows NaN, +inf and a row of -inf alike
@@ -59,6 +66,25 @@ def score(
     if broken:
         values[broken] = 0.0
     return Scores(values, shaping, all(row.greedy for row in params), broken, empty)
+
+
+def allowed_rows(
+    contexts: Sequence[Context], drafted: Sequence[Sequence[int]], vocabulary: int, device: torch.device, *, last: bool
+) -> Tensor | None:
+    """[N, V] bool: what the constraints of B sequences leave of each row; None where none has any.
+
+    ``drafted``: the drafts of each; ``last``: the row behind them alone, which are then known to be allowed.
+    """
+    if all(context.constraint is None for context in contexts):
+        return None
+    parts: list[np.ndarray] = []
+    for context, ids in zip(contexts, drafted, strict=True):
+        first = len(ids) if last else 0
+        if context.constraint is None:
+            parts.append(np.ones((len(ids) + 1 - first, vocabulary), dtype=bool))
+        else:
+            parts.append(context.constraint.rows(context.output_ids, ids, first))
+    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
 @dataclass(frozen=True)
@@ -85,7 +111,9 @@ def decide(logits: Tensor, contexts: Sequence[Context], drafts: Drafts, drafted:
     lengths = drafts.host_lengths.tolist()
     first_rows = (drafts.token_starts + range(len(lengths))).tolist()
     params = [c.params for c, size in zip(contexts, lengths, strict=True) for _ in range(size + 1)]
-    scores = score(logits, params, *_histories(contexts, lengths, drafted))
+    proposals = [drafted[start : start + size] for start, size in zip(drafts.token_starts, lengths, strict=True)]
+    allowed = allowed_rows(contexts, proposals, logits.shape[-1], logits.device, last=False)
+    scores = score(logits, params, *_histories(contexts, lengths, drafted), allowed)
     if scores.greedy:
         accepted, tokens = verify_greedy(scores.argmax(), drafts.ids, lengths)
     else:

@@ -132,17 +132,26 @@ class Sample:
 def open_samples(
     task: Task, ids: Iterator[int], limit: int, stop_tokens: frozenset[int], tokenizer: PreTrainedTokenizerBase | None
 ) -> list[Sample]:
-    """The n samples of a checked request. ``limit``: of the target's context. ``ids``: unused numbers."""
+    """The n samples of a checked request. ``limit``: of the target's context. ``ids``: unused numbers.
+
+    Raises ValueError for a grammar whose end would not end the text.
+    """
     request, prompt = task.request, tuple(int(token) for token in task.request.prompt_ids)
     streams = task.on_token is not None or bool(request.stop)
+    if request.grammar is not None and not request.grammar.end_tokens <= stop_tokens:
+        raise ValueError(
+            "a text under a grammar ends with the model's own end of text: leave stop_token_ids unset, or name in it "
+            f"{', '.join(map(str, sorted(request.grammar.end_tokens)))} too (over HTTP: no ignore_eos)"
+        )
     for index, completion in enumerate(task.result.completions):
         params = request.params
         if index:
             params = replace(params, seed=sample_seed(params.seed, index))
         capacity = min(len(prompt) + request.max_tokens, limit)
+        constraint = None if request.grammar is None else request.grammar.start()
         task.samples.append(
             Sample(
-                Context(next(ids), params, prompt, completion.token_ids, capacity=capacity),
+                Context(next(ids), params, prompt, completion.token_ids, capacity=capacity, constraint=constraint),
                 completion,
                 task,
                 index,

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from spec.params import Params
 from spec.verify import Drafts
+
+if TYPE_CHECKING:
+    from spec.constraint import Constraint
 
 
 @dataclass(eq=False)
@@ -23,6 +26,7 @@ class Context:
     output_ids: list[int] = field(default_factory=list)  # committed so far
     round: int = 0  # verification steps so far: part of the key of DRAFT draws
     capacity: int = 0  # the longest the whole sequence can become
+    constraint: Constraint | None = None  # what the output must match
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.output_ids)

@@ -19,7 +19,7 @@ from spec.drafters.alignment import head_columns
 from spec.drafters.base import Context
 from spec.models.base import LanguageModel, Step
 from spec.random import Purpose, uniforms
-from spec.rows import Scores, score
+from spec.rows import Scores, allowed_rows, score
 from spec.verify import Drafts, sample
 
 Drafting = Literal["probabilistic", "greedy"]
@@ -224,18 +224,19 @@ class _Block:
     def _score(self, active: list[int], logits: Tensor, contexts: list[Context]) -> tuple[Scores, bool]:
         """Scores over the draft's columns where nothing names tokens (cheaper), else over the target's vocabulary."""
         params = [context.params for context in contexts]
-        columns = self._columns
+        columns, drafted = self._columns, [self.ids[b] for b in active]
+        allowed = allowed_rows(contexts, drafted, self._vocabulary, logits.device, last=True)
         if columns is None:
             logits = logits[:, : self._vocabulary]
-        elif any(p.penalised or p.logit_bias or p.allowed_token_ids is not None for p in params):
+        elif allowed is not None or any(p.penalised or p.logit_bias or p.allowed_token_ids is not None for p in params):
             dense = logits.new_full((len(logits), self._vocabulary), -torch.inf)
             logits, columns = dense.index_copy_(1, columns, logits), None
         prompts: list[Sequence[int]] = [context.prompt_ids for context in contexts]
         outputs: list[Sequence[int]] = [()] * len(contexts)
-        for a, (b, context) in enumerate(zip(active, contexts, strict=True)):
+        for a, (ids, context) in enumerate(zip(drafted, contexts, strict=True)):
             if context.params.penalised:
-                outputs[a] = [*context.output_ids, *self.ids[b]]
-        return score(logits, params, prompts, outputs), columns is not None
+                outputs[a] = [*context.output_ids, *ids]
+        return score(logits, params, prompts, outputs, allowed), columns is not None
 
     def _store(self, probs: Tensor, mapped: bool) -> int:
         """Writes [A, D or V] rows as [A, V] ones; returns the first one's number."""
