@@ -20,7 +20,7 @@ import torch
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-_LARGEST_CACHE = 4 * 2**30
+LARGEST_CACHE = 4 * 2**30  # bytes of keys and values, where nobody says how many
 # Said at every start or sync, and either intended here or of no consequence.
 _HARMLESS = {
     "vllm.engine.arg_utils": ("The global random seed is set to",),
@@ -86,7 +86,7 @@ def start_engine(kv_cache_gib: float | None, **options: Any) -> LLMEngine:
         if kv_cache_gib is not None:
             config.cache_config.kv_cache_memory_bytes = int(kv_cache_gib * 2**30)
         elif not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-            config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), _LARGEST_CACHE)
+            config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), LARGEST_CACHE)
         return LLMEngine.from_vllm_config(config, disable_log_stats=True)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from onpolicy.doctor import Finding, Report, costs, delivery, sampler, speed, teacher
 from onpolicy.doctor.__main__ import main, parse
@@ -20,6 +21,7 @@ from onpolicy.doctor.findings import plain_text, show
 from onpolicy.models import read_causal_lm
 from onpolicy.rollouts import transformers_sampler
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
+from onpolicy.student import Student
 from onpolicy.teachers.local import LocalTeacher
 from onpolicy.types import Prompt, Rollout
 from tests.conftest import as_options, make_model, make_tokenizer
@@ -401,6 +403,17 @@ def test_memory_is_never_less_than_what_was_held() -> None:
     assert costs.memory(costs.Memory(parts, 8 * 2**30, 9 * 2**30)).level == "error"
 
 
+def test_memory_counts_what_the_parts_take() -> None:
+    """By the loss's and the engine's own figures."""
+    from onpolicy.losses.chunked import BUFFER_BYTES
+    from spec.vllm_engine import LARGEST_CACHE
+
+    config, _, _ = parse(["--rollouts.max_num_seqs=1000000"])
+    tiny = LlamaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    parts = costs.memory_parts(Student(LlamaForCausalLM(tiny)), [], 0.0, longest=1000, config=config)
+    assert parts["loss"] == BUFFER_BYTES["cpu"] and parts["keys and values"] == LARGEST_CACHE
+
+
 def test_licences(taught, tmp_path) -> None:
     assert costs.licence(str(taught)).level == "ok"
     card = tmp_path / "README.md"
@@ -423,8 +436,13 @@ def test_the_estimate_of_a_run_adds_up(settings) -> None:
     # 2 prompts of 10 tokens, 2 samples of 8 tokens each: 32 tokens, 2 * (10 + 16) = 52 positions
     assert "up to 20.6 s (rollout 16.0, score 0.5, update 2.0, sync 2.0)" in found
     assert "on-policy 82.2" in found  # 4 steps of 20.56 s
-    assert "teacher's samples 128.0" in found  # 8 * 2 * 8 tokens at 0.5 s, times 2
+    assert "teacher's samples 192.0" in found  # 8 * 2 * 8 and, held out, 2 * 4 * 8 tokens at 0.5 s, times 2
     assert "warm start 8.2" in found  # 8 * 10 + 128 positions at 0.03 s, 2 updates
+    # Three times 64 tokens drawn, 2 * 72 positions scored, 4 * 72 read; the teacher's 2 * 72 scored once.
+    assert "evaluation 107.5" in found
+    config.warm_start.epochs = 3
+    found = speed.throughput(measured, 2.0, 10.0, config, "transformers").found
+    assert "warm start 20.6" in found  # 208 positions, scored once at 0.01 s, learnt from three times at 0.02 s; 6 s
     slow = replace(measured, rollout=5.0)
     assert speed.throughput(slow, 2.0, 10.0, config, "transformers").level == "note"
 

@@ -13,17 +13,17 @@ from onpolicy import checks
 from onpolicy.config import TrainConfig
 from onpolicy.doctor.findings import Finding
 from onpolicy.evaluate.provenance import UNKNOWN, origin_of
+from onpolicy.losses.chunked import BUFFER_BYTES
 from onpolicy.metrics import peak_rss_gib
 from onpolicy.models import base_model
+from spec.vllm_engine import LARGEST_CACHE
 
 if TYPE_CHECKING:
     from onpolicy.student import Student
 
 _GIB = 2**30
 _FREE_LICENCES = ("apache-2.0", "mit", "bsd", "cc0", "cc-by-4.0", "cc-by-sa-4.0", "unlicense", "isc", "odc-by")
-_LARGEST_CACHE = 4 * _GIB  # as spec.vllm_engine
 _LIBRARIES = 1.0 * _GIB  # torch, transformers and vLLM themselves
-_LOSS_BUFFERS = {"cpu": 192 * 2**20, "cuda": _GIB}  # as onpolicy.losses.chunked
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -111,7 +111,7 @@ def memory_parts(
     width = getattr(torch, config.rollouts.dtype).itemsize
     head_dim = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
     per_token = 2 * base.num_hidden_layers * (base.num_key_value_heads or base.num_attention_heads) * head_dim * width
-    cache = min(per_token * longest * config.rollouts.max_num_seqs, _LARGEST_CACHE)
+    cache = min(per_token * longest * config.rollouts.max_num_seqs, LARGEST_CACHE)
     if config.rollouts.kv_cache_gib is not None:
         cache = int(config.rollouts.kv_cache_gib * _GIB)
     kind = student.device.type
@@ -122,7 +122,7 @@ def memory_parts(
         "gradients": 4 * trained,
         "optimizer": 8 * trained,
         "activations": int(saved_per_position * config.batching.token_budget),
-        "loss": _LOSS_BUFFERS.get(kind, 192 * 2**20),
+        "loss": BUFFER_BYTES.get(kind, BUFFER_BYTES["cpu"]),
         # On a CPU vLLM keeps a packed copy of every matrix beside it.
         "sampler": sum(p.numel() for p in student.model.parameters()) * width * (2 if kind == "cpu" else 1),
         "keys and values": cache,

@@ -96,7 +96,6 @@ def throughput(speed: Speed, teacher_share: float, prompt_tokens: float, config:
     n, length = sampling.samples_per_prompt, sampling.max_tokens
     copies = 1 if config.batching.share_prompts else n
     positions = config.prompts_per_step * (copies * prompt_tokens + n * length)
-    learn = speed.score + speed.update
     phases = {
         "rollout": speed.rollout * config.prompts_per_step * n * length,
         "score": speed.score * positions,
@@ -104,19 +103,7 @@ def throughput(speed: Speed, teacher_share: float, prompt_tokens: float, config:
         "sync": speed.sync,
     }
     step = sum(phases.values())
-    warm, whole = config.warm_start, {"on-policy": config.steps * step}
-    if warm.num_prompts:
-        drawn = warm.num_prompts * warm.samples_per_prompt
-        updates = warm.epochs * drawn / warm.rollouts_per_step
-        whole["teacher's samples"] = drawn * length * speed.rollout * teacher_share
-        whole["warm start"] = learn * warm.epochs * (warm.num_prompts * prompt_tokens + drawn * length)
-        whole["warm start"] += updates * speed.apply
-    if config.evaluation.num_prompts:
-        times = 3 if warm.num_prompts and config.steps else 2
-        tokens = config.evaluation.num_prompts * config.evaluation.max_tokens
-        positions = tokens + config.evaluation.num_prompts * prompt_tokens
-        # Sampled and greedy, of the student and of the teacher; forward is a third of an update.
-        whole["evaluation"] = times * (2 * tokens * speed.rollout + 4 * positions * (speed.score + speed.update / 3))
+    whole = {"on-policy": config.steps * step, **_around(speed, teacher_share, prompt_tokens, config)}
     rounded = lambda parts: ", ".join(f"{k} {v:,.1f}" for k, v in parts.items())  # noqa: E731
     found = (
         f"a step takes up to {step:,.1f} s ({rounded(phases)}), the whole run about {sum(whole.values()) / 60:,.1f} "
@@ -128,3 +115,23 @@ def throughput(speed: Speed, teacher_share: float, prompt_tokens: float, config:
         "note", "throughput", found, "generation dominates the step (trl#4568)",
         "install vLLM (`make setup` on a CPU): it decodes many sequences together",
     )  # fmt: skip
+
+
+def _around(speed: Speed, teacher_share: float, prompt_tokens: float, config: TrainConfig) -> dict[str, float]:
+    """Seconds of what is not on-policy training, as :func:`throughput`; the teacher draws and is scored but once."""
+    warm, evaluation, length = config.warm_start, config.evaluation, config.sampling.max_tokens
+    drawn = warm.num_prompts * warm.samples_per_prompt
+    tokens = evaluation.num_prompts * evaluation.max_tokens
+    # Held out, a sampled and a greedy completion of each prompt.
+    seconds = {"teacher's samples": (drawn * length + 2 * tokens) * speed.rollout * teacher_share}
+    if drawn:
+        positions = warm.num_prompts * prompt_tokens + drawn * length
+        updates = warm.epochs * drawn / warm.rollouts_per_step
+        seconds["warm start"] = positions * (speed.score + warm.epochs * speed.update) + updates * speed.apply
+    if tokens:
+        times = 3 if drawn and config.steps else 2
+        positions = tokens + evaluation.num_prompts * prompt_tokens
+        # Each time the student draws its own and reads the teacher's too; forward is a third of an update.
+        each = 2 * tokens * speed.rollout + 2 * positions * speed.score + 4 * positions * speed.update / 3
+        seconds["evaluation"] = times * each + 2 * positions * speed.score
+    return seconds

@@ -30,7 +30,7 @@ from onpolicy.losses._projection import Projection
 from onpolicy.losses.divergences import log_probs
 from onpolicy.losses.truncated import Support
 
-_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of both models and a 16-bit copy of the gradient
+BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}  # logits of both models and a 16-bit copy of the gradient
 _MIN_CHUNK, _MAX_CHUNK = 16, 1024
 
 
@@ -169,7 +169,7 @@ def _chunk_size(requested: int | None, vocab: int, hidden: Tensor) -> int:
             raise ValueError(f"chunk_size must be at least 1, got {requested}; leave it out to size it by memory")
         return min(requested, max(len(hidden), 1))
     per_token = vocab * (16 if hidden.dtype == torch.float64 else 10)
-    size = _BUFFER_BYTES.get(hidden.device.type, 192 << 20) // per_token
+    size = BUFFER_BYTES.get(hidden.device.type, BUFFER_BYTES["cpu"]) // per_token
     return min(max(size, _MIN_CHUNK), _MAX_CHUNK, max(len(hidden), 1))
 
 
