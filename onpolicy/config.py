@@ -136,7 +136,7 @@ class PolicyGradientConfig:
     reward_clip: float | None = None
     """Bound on a token's reward, nats."""
     whitening: Literal["none", "mean", "mean_std"] = "none"
-    """Of the advantages, over each batch of at most batching.token_budget positions."""
+    """Of the advantages, over all tokens of an update; costs one more forward pass."""
     correction: Literal["none", "truncate", "mask", "clip"] = "truncate"
     """Of trainer against sampler probability: TIS, IcePop, PPO's clip, or none."""
     ratio_level: Literal["token", "prefix", "sequence"] = "token"

@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from onpolicy.student import Student
 from onpolicy.task import task_metrics
 from onpolicy.teachers import Verdict
 from onpolicy.types import Rollout, SamplingParams
-from onpolicy.updates import loss_share
+from onpolicy.updates import PolicyGradientUpdate, Update, loss_share
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,11 +151,12 @@ class Trainer:
         denominator = self.processes.sum(sum(loss_share(batch, normalize) for batch, _ in scored))
         if not denominator:
             return None
+        update = self._whitening_all(stage.update, scored)
         means, total = Means(), 0.0
         watched: list[StepTokens] = []
         for batch, verdict in scored:
             hidden, head = self.student(batch)
-            result = stage.update(batch, hidden, head, verdict, denominator, self.student.head_grad())
+            result = update(batch, hidden, head, verdict, denominator, self.student.head_grad())
             self.accelerator.backward(result.loss)
             total += result.loss.item()
             reward = result.teacher_logprobs - result.student_logprobs
@@ -179,6 +181,21 @@ class Trainer:
         self.state.policy_version += 1
         figures |= Means.join(self.processes.gather([means])).result()
         return figures | token_health(StepTokens.join(self.processes.gather(watched)))
+
+    def _whitening_all(self, update: Update, scored: Sequence[tuple[Batch, Verdict]]) -> Update:
+        """The update, given where it whitens what the advantages of all batches and processes come to.
+
+        By a forward pass of its own: otherwise gradients would depend on batching.token_budget.
+        """
+        if not (isinstance(update, PolicyGradientUpdate) and update.whitens):
+            return update
+        total = torch.zeros(3, dtype=torch.float64)
+        with torch.no_grad():
+            for batch, verdict in scored:
+                total += update.moments(batch, *self.student(batch), verdict).cpu()
+        everywhere = [self.processes.sum(value) for value in total.tolist()]
+        moments = torch.tensor(everywhere, dtype=torch.float64, device=self.student.device)
+        return partial(update, batch_moments=moments)
 
     def _compare(
         self,

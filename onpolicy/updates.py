@@ -8,7 +8,7 @@ Shape legend: N completion tokens of the batch, B its rollouts, V vocabulary, D 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from onpolicy.batching import Batch
 from onpolicy.config import GKDConfig, PolicyGradientConfig, TrainConfig
 from onpolicy.losses import chunked, chunked_logprobs, chunked_reduce
 from onpolicy.losses._checks import checked_options
-from onpolicy.losses.estimators import EstimatorOptions, policy_gradient
+from onpolicy.losses.advantages import moments
+from onpolicy.losses.estimators import EstimatorOptions, policy_gradient, token_advantages
 from onpolicy.losses.normalise import Normalisation
 from onpolicy.losses.rewards import vocabulary_sums
 from onpolicy.teachers import Score, Verdict
@@ -57,7 +58,7 @@ def make_update(config: TrainConfig) -> Update:
             "policy_gradient needs samples of the policy it improves; greedy ones are not: "
             "set sampling.temperature above 0, or algorithm: gkd"
         )
-    return policy_gradient_update(config.policy_gradient, temperature, config.optim.normalize)
+    return PolicyGradientUpdate(config.policy_gradient, temperature, config.optim.normalize)
 
 
 def _from_gkd_config(config: GKDConfig, temperature: float, normalize: Normalisation) -> Update:
@@ -114,39 +115,69 @@ def divergence_update(
     return update
 
 
-def policy_gradient_update(config: PolicyGradientConfig, temperature: float, normalize: Normalisation) -> Update:
+class PolicyGradientUpdate:
     """Reward log pi_T - log pi_S of each sampled token, corrected for sampler and trainer being different engines.
 
     The reward leads away from the verdict's reference where ``config.extrapolation`` says so, and counts the task's
-    where the verdict has one. ValueError for settings that contradict each other.
+    where the verdict has one. An :data:`Update`; where :attr:`whitens`, it also takes ``batch_moments`` [3], the sum
+    of :meth:`moments` over the batches of the whole update. ValueError for settings that contradict each other.
     """
-    check_policy_gradient(config)
-    fields = asdict(config)
-    control, _ = fields.pop("control_variate"), fields.pop("reference_model")
-    options = EstimatorOptions(**fields, normalisation=normalize)
 
-    def update(
+    def __init__(self, config: PolicyGradientConfig, temperature: float, normalize: Normalisation):
+        check_policy_gradient(config)
+        fields = asdict(config)
+        self.control, _ = fields.pop("control_variate"), fields.pop("reference_model")
+        self.options, self.temperature = EstimatorOptions(**fields, normalisation=normalize), temperature
+
+    @property
+    def whitens(self) -> bool:
+        return self.options.place == "reward" and self.options.whitening != "none"
+
+    def __call__(
+        self,
         batch: Batch,
         hidden: torch.Tensor,
         head: torch.Tensor,
         verdict: Verdict,
         denominator: float,
         head_grad: torch.Tensor | None = None,
+        batch_moments: torch.Tensor | None = None,
     ) -> BatchLoss:
         ids = batch.token_ids
-        student = chunked_logprobs(hidden, head, ids, temperature=temperature, head_grad=head_grad)
-        teacher = verdict.logprobs(ids, temperature)
-        reference = None if verdict.reference is None else verdict.reference.logprobs(ids, temperature)
-        whole = whole_vocabulary(control, hidden, head, verdict, options.extrapolation, temperature)
+        student = chunked_logprobs(hidden, head, ids, temperature=self.temperature, head_grad=head_grad)
+        teacher, reference = self._voices(batch, verdict)
+        whole = self._whole_vocabulary(hidden, head, verdict)
         loss, metrics = policy_gradient(
             student, batch.sampler_logprobs, teacher, batch.sequence_ids, torch.ones_like(ids, dtype=torch.bool),
-            options=options, control_variate=whole.get("control_variate"), reference_logprobs=reference,
-            task_rewards=verdict.task_rewards if options.task_weight else None, denominator=denominator,
+            options=self.options, control_variate=whole.get("control_variate"), reference_logprobs=reference,
+            task_rewards=self._task(verdict), batch_moments=batch_moments, denominator=denominator,
         )  # fmt: skip
         metrics["divergence"] = whole.get("divergence", student.detach() - teacher)
         return BatchLoss(loss, student.detach(), teacher, metrics, whole.get("student_entropy"))
 
-    return update
+    @torch.no_grad()
+    def moments(self, batch: Batch, hidden: torch.Tensor, head: torch.Tensor, verdict: Verdict) -> torch.Tensor:
+        """[3] float64: count, sum and sum of squares of the batch's advantages before they are whitened."""
+        student = chunked_logprobs(hidden, head, batch.token_ids, temperature=self.temperature)
+        teacher, reference = self._voices(batch, verdict)
+        mask = torch.ones_like(batch.token_ids, dtype=torch.bool)
+        advantages = token_advantages(
+            student, teacher, batch.sequence_ids, mask, replace(self.options, whitening="none"),
+            control_variate=self._whole_vocabulary(hidden, head, verdict).get("control_variate"),
+            reference_logprobs=reference, task_rewards=self._task(verdict),
+        )  # fmt: skip
+        return moments(advantages, mask)
+
+    def _voices(self, batch: Batch, verdict: Verdict) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs [N] of the teachers together and of the reference."""
+        said, reference = verdict.logprobs(batch.token_ids, self.temperature), verdict.reference
+        return said, None if reference is None else reference.logprobs(batch.token_ids, self.temperature)
+
+    def _whole_vocabulary(self, hidden: torch.Tensor, head: torch.Tensor, verdict: Verdict) -> dict[str, torch.Tensor]:
+        return whole_vocabulary(self.control, hidden, head, verdict, self.options.extrapolation, self.temperature)
+
+    def _task(self, verdict: Verdict) -> torch.Tensor | None:
+        return verdict.task_rewards if self.options.task_weight else None
 
 
 def check_policy_gradient(config: PolicyGradientConfig) -> None:

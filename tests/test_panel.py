@@ -21,7 +21,7 @@ from onpolicy.task import answer_grader, task_metrics
 from onpolicy.teachers import Score, Verdict
 from onpolicy.teachers.panel import Panel, task_rewards
 from onpolicy.types import Prompt, Rollout
-from onpolicy.updates import divergence_update, policy_gradient_update, whole_vocabulary
+from onpolicy.updates import PolicyGradientUpdate, divergence_update, whole_vocabulary
 from tests.test_run import complete, lines, losses, options, start, train
 
 VOCAB = 5
@@ -59,7 +59,7 @@ def outcomes(student: torch.Tensor) -> Iterator[tuple[float, Batch, list[Rollout
 
 def expectation(models: SimpleNamespace, config: PolicyGradientConfig, verdict: Verdict) -> tuple[torch.Tensor, float]:
     """Mean and variance of the update's gradient by the student's logits, over all outcomes."""
-    update = policy_gradient_update(config, 1.0, "token")
+    update = PolicyGradientUpdate(config, 1.0, "token")
     weights, gradients = [], []
     for probability, batch, rollouts in outcomes(models.student):
         said = Verdict(verdict.teachers, verdict.weights, verdict.reference, task_rewards(batch, rollouts))

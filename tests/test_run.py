@@ -272,6 +272,15 @@ def test_output_rows_without_a_token_are_never_drawn_scored_or_trained(
         assert torch.equal(before[rows:], after[rows:]) and not torch.equal(before[:rows], after[:rows])
 
 
+def test_whitening_does_not_depend_on_how_rollouts_are_batched(tiny_settings, tmp_path) -> None:
+    changes = {"algorithm": "policy_gradient", "policy_gradient__whitening": "mean_std", "steps": 2}
+    changes |= {"warm_start__num_prompts": 0, "evaluation__num_prompts": 0}
+    for budget in (40, 1000):
+        train(tiny_settings, tmp_path, str(budget), batching__token_budget=budget, **changes)
+    small, large = ([r["grad_norm"] for r in lines(tmp_path, name)] for name in ("40", "1000"))
+    assert small == pytest.approx(large, rel=1e-4)
+
+
 def test_distillation_brings_the_student_closer(tiny_settings, tmp_path) -> None:
     changes = {"warm_start__num_prompts": 32, "warm_start__epochs": 6, "optim__learning_rate": 3e-3, "steps": 20}
     heldout = train(tiny_settings, tmp_path, warm_start__learning_rate=3e-3, **changes)["heldout"]

@@ -13,7 +13,7 @@ from onpolicy.batching import pack
 from onpolicy.config import GKDConfig, PolicyGradientConfig, TrainConfig
 from onpolicy.teachers import Score, Verdict
 from onpolicy.types import Prompt, Rollout
-from onpolicy.updates import divergence_update, loss_share, make_update, policy_gradient_update, token_weights
+from onpolicy.updates import PolicyGradientUpdate, divergence_update, loss_share, make_update, token_weights
 
 VOCAB, HIDDEN = 5, 5
 
@@ -98,7 +98,7 @@ def test_policy_gradient_summed_over_all_samples_is_the_gradient_of_reverse_kl(c
     """One-token completions, every outcome weighted with its probability: the exact expectation."""
     _, hidden, head, score = case(lengths=(1, 1))
     config = PolicyGradientConfig(control_variate=control_variate, ratio_cap=1e9)
-    update = policy_gradient_update(config, 1.0, "token")
+    update = PolicyGradientUpdate(config, 1.0, "token")
     q = log_probs(hidden, head)
     expectation = torch.zeros_like(hidden)
     for tokens in itertools.product(range(VOCAB), repeat=2):
@@ -121,15 +121,18 @@ def test_importance_ratio_is_cut_at_the_cap() -> None:
     gradients = []
     for ratio in (2.0, 50.0):
         sampled = torch.tensor([chosen - math.log(ratio)], dtype=torch.float32)
-        update = policy_gradient_update(PolicyGradientConfig(ratio_cap=2.0), 1.0, "token")
+        update = PolicyGradientUpdate(PolicyGradientConfig(ratio_cap=2.0), 1.0, "token")
         shifted = type(batch)(**{**vars(batch), "sampler_logprobs": sampled})
         gradients.append(torch.autograd.grad(update(shifted, hidden, head, score, 1).loss, hidden)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("normalize", ["token", "sequence"])
-@pytest.mark.parametrize("algorithm", ["gkd", "policy_gradient"])
-def test_micro_batches_add_up_to_one_big_batch(normalize, algorithm) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "whitening"),
+    [("gkd", "none"), ("policy_gradient", "none"), ("policy_gradient", "mean"), ("policy_gradient", "mean_std")],
+)
+def test_micro_batches_add_up_to_one_big_batch(normalize, algorithm, whitening) -> None:
     weights = torch.randn(VOCAB, HIDDEN, dtype=torch.float64, requires_grad=True)
     _, hidden, _, score = case(lengths=(3, 2, 4, 1))
     rng = np.random.default_rng(0)
@@ -139,17 +142,19 @@ def test_micro_batches_add_up_to_one_big_batch(normalize, algorithm) -> None:
     ]
     starts = np.cumsum([0, 3, 2, 4, 1])
     config = TrainConfig(algorithm=algorithm)
-    config.optim.normalize = normalize
+    config.optim.normalize, config.policy_gradient.whitening = normalize, whitening
     update = make_update(config)
     denominator = 10 if normalize == "token" else 4
 
     def gradient(budget: int) -> torch.Tensor:
-        total = torch.zeros_like(weights)
+        total, parts = torch.zeros_like(weights), []
         for batch in pack(rollouts, budget):
             rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in batch.indices])
             part = verdict(score.teachers[0].hidden[rows], score.teachers[0].head)
-            loss = update(batch, hidden.detach()[rows], weights, part, denominator).loss
-            total += torch.autograd.grad(loss, weights)[0]
+            parts.append((batch, hidden.detach()[rows], weights, part))
+        whole = {"batch_moments": sum(update.moments(*part) for part in parts)} if whitening != "none" else {}
+        for part in parts:
+            total += torch.autograd.grad(update(*part, denominator, **whole).loss, weights)[0]
         return total
 
     torch.testing.assert_close(gradient(1), gradient(1000))

@@ -12,7 +12,7 @@ import torch
 from onpolicy.batching import Batch, pack
 from onpolicy.config import TrainConfig
 from onpolicy.doctor.findings import Finding
-from onpolicy.updates import loss_share, make_update
+from onpolicy.updates import PolicyGradientUpdate, loss_share, make_update
 
 if TYPE_CHECKING:
     from onpolicy.student import Student
@@ -44,8 +44,12 @@ def measure(
     def learn(some: Sequence[Batch]) -> None:
         for batch in some:
             hidden, head = student(batch)
+            verdict = panel.judge(batch)
+            if isinstance(update, PolicyGradientUpdate) and update.whitens:  # as the trainer, in a pass of its own
+                with torch.no_grad():
+                    update.moments(batch, *student(batch), verdict)
             denominator = loss_share(batch, config.optim.normalize)
-            update(batch, hidden, head, panel.judge(batch), denominator, student.head_grad()).loss.backward()
+            update(batch, hidden, head, verdict, denominator, student.head_grad()).loss.backward()
 
     saved = saved_bytes(lambda: learn(batches[:1]), student.model) / batches[0].num_inputs  # and a warm-up
     score = _timed(lambda: [panel.judge(batch) for batch in batches], student.device)
