@@ -227,7 +227,7 @@ def test_the_fast_forward_pass_tells_no_company_either() -> None:
     requests = mixed_requests(64)
     engine = Engine(target, ModelDrafter(draft, target), draft_length=3, max_running=40, prefill_tokens=70)
     together = engine.generate(requests)
-    for request, result in list(zip(requests, together, strict=True))[::2]:
+    for request, result in zip(requests, together, strict=True):
         alone = Engine(target, ModelDrafter(draft, target), draft_length=3).generate([request])[0]
         assert alone.completions == result.completions
     assert sum(sum(completion.accepted) for result in together for completion in result.completions) > 50

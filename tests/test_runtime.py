@@ -137,3 +137,11 @@ def test_threads_follow_cores_and_the_quota_of_the_container(tmp_path: Path, mon
 def test_a_hidden_gpu_is_no_gpu() -> None:
     assert not runtime.gpu_present({"CUDA_VISIBLE_DEVICES": ""})
     assert not runtime.gpu_present({"CUDA_VISIBLE_DEVICES": "-1"})
+
+
+def test_parallel_kernels_leave_the_number_of_torchs_threads_alone() -> None:
+    program = "import torch, spec.models.kernels_numba; print(torch.get_num_threads())"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
