@@ -74,6 +74,7 @@ os.execve = execve
         ("spec.generate", ("--target", "x", "--prompt", "y")),
         ("spec.bench", ("--target", "x", "--draft", "y", "--data", "z")),
         ("spec.audit", ("--target", "x")),
+        ("spec.serve", ("--target", "x")),
     ),
 )
 def test_every_program_of_spec_is_tuned_and_its_help_is_quick(program: str, arguments, tmp_path: Path) -> None:
