@@ -118,7 +118,9 @@ class GKDConfig:
     beta: float = 1.0
     """Of jsd: 0 is forward KL, 1 is reverse KL."""
     lmbda: float = 1.0
-    """Share of prompts whose completions the student samples; the rest train on the dataset's own completions."""
+    """Probability that a prompt's completions are the student's (GKD's coin, thrown for each prompt instead of each
+    batch); else it is the dataset's own completion, once. A student's prompt brings sampling.samples_per_prompt = n
+    completions, so of completions the student's share is n lmbda / (n lmbda + 1 - lmbda): lmbda itself for n = 1."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further options of the divergence, e.g. {top_k: 64}."""
 

@@ -26,7 +26,8 @@ from onpolicy.updates import Update
 class OnPolicy:
     """Draws a step's rollouts from the sampler and gives it the new weights after every step.
 
-    ``lmbda`` is GKD's share of prompts sampled by the student; the others use the dataset's own completion.
+    ``lmbda`` is the probability that a prompt is answered by the student, ``params.n`` times; the others use the
+    dataset's own completion, once. GKD throws this coin for a whole batch; thrown for each prompt, a step is a mixture.
     ``grade``, where there is one, gives every completion its task reward as it is drawn, before any guard cuts it.
     """
 
@@ -58,17 +59,18 @@ class OnPolicy:
         self.after_step(policy_version)
 
     def rollouts(self, step: int, share: Share = ALONE) -> list[list[Rollout]]:
-        """One list a prompt: those the student samples first, then the dataset's own completions."""
+        """One list a prompt, in the order of the prompts: sampled and given ones are spread over a step's updates."""
         prompts = self.order.next_batch(self.prompts_per_step)
         coins = random.Random(derive(self.seed, "lmbda", step))
         on_policy = [coins.random() < self.lmbda for _ in prompts]
-        sampled = [prompt for prompt, chosen in zip(prompts, on_policy, strict=True) if chosen]
-        given = [prompt for prompt, chosen in zip(prompts, on_policy, strict=True) if not chosen]
-        mine = [prompt for i, prompt in enumerate(sampled) if share.has(i)]
-        drawn = iter(self._sample(mine, step))
-        groups = [next(drawn) if share.has(i) else [] for i in range(len(sampled))]
-        texts = enumerate(given, start=len(sampled))
-        return groups + [[self._text(prompt)] if share.has(i) else [] for i, prompt in texts]
+        # Dealt out kind by kind: every process has its share of the sampling.
+        kinds = sorted(range(len(prompts)), key=lambda i: not on_policy[i])
+        mine = {i for place, i in enumerate(kinds) if share.has(place)}
+        drawn = iter(self._sample([prompts[i] for i in sorted(mine) if on_policy[i]], step))
+        groups: list[list[Rollout]] = [[] for _ in prompts]
+        for i in sorted(mine):
+            groups[i] = next(drawn) if on_policy[i] else [self._text(prompts[i])]
+        return groups
 
     def _sample(self, prompts: list[Prompt], step: int) -> list[list[Rollout]]:
         """The student's completions of each prompt."""
