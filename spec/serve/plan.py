@@ -13,6 +13,7 @@ from spec.serve.errors import ApiError
 from spec.serve.protocol import ChatRequest, CompletionRequest, Sampling
 
 if TYPE_CHECKING:
+    from spec.constraint import Grammar
     from spec.serve.texts import Texts
 
 # Under an adaptive draft length the text of a seed depends on timing; at any fixed length it does not.
@@ -36,8 +37,8 @@ async def completion_requests(body: CompletionRequest, texts: Texts, limits: Lim
 
     Raises ApiError, with the remedy, for what cannot run.
     """
-    prompts = await _prompts(body, texts)
-    requests = [_request(body, ids, body.max_tokens or 16, body.logprobs, limits) for ids in prompts]
+    prompts, grammar = await _prompts(body, texts), await texts.grammar(body.constraint())
+    requests = [_request(body, ids, body.max_tokens or 16, body.logprobs, grammar, limits) for ids in prompts]
     _check_samples(requests, limits)
     if not body.echo:
         return requests, [""] * len(requests)
@@ -49,10 +50,11 @@ async def completion_requests(body: CompletionRequest, texts: Texts, limits: Lim
 
 async def chat_requests(body: ChatRequest, texts: Texts, limits: Limits) -> list[Request]:
     """The one engine request of a conversation. Raises ApiError, with the remedy, for what cannot run."""
-    ids = await texts.encode_chat(body.messages)
+    ids, grammar = await texts.encode_chat(body.messages), await texts.grammar(body.constraint())
     room = max(limits.context - len(ids), 1)
     tokens = body.max_completion_tokens or body.max_tokens or min(limits.default_tokens, room)
-    requests = [_request(body, ids, tokens, (body.top_logprobs or 0) if body.logprobs else None, limits)]
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = [_request(body, ids, tokens, logprobs, grammar, limits)]
     _check_samples(requests, limits)
     return requests
 
@@ -72,7 +74,9 @@ async def _prompts(body: CompletionRequest, texts: Texts) -> list[list[int]]:
     ]
 
 
-def _request(body: Sampling, ids: Sequence[int], max_tokens: int, logprobs: int | None, limits: Limits) -> Request:
+def _request(
+    body: Sampling, ids: Sequence[int], max_tokens: int, logprobs: int | None, grammar: Grammar | None, limits: Limits
+) -> Request:
     if len(ids) + max_tokens > limits.context:
         raise ApiError(
             400,
@@ -92,6 +96,7 @@ def _request(body: Sampling, ids: Sequence[int], max_tokens: int, logprobs: int 
         logprobs,
         _draft_length(body, limits),
         special_tokens=body.skip_special_tokens is False,
+        grammar=grammar,
     )
     try:
         request.check(limits.vocabulary, limits.context)

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from spec.params import LEAST_REPETITION_PENALTY
+from spec.serve.constrained import ResponseFormat, Schema, StructuredOutputs, Wanted, wanted
 
 _WITHOUT_EFFECT = frozenset(
     (
@@ -20,16 +21,11 @@ _WITHOUT_EFFECT = frozenset(
     )
 )  # fmt: skip
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_CONSTRAINED = "constrained output is not available here: masking would have to be part of drafting and verification"
+_NO_TOOLS = "are not supported; ask for JSON with response_format, and describe it in the messages"
 _NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values that ask for nothing, and the refusal
-    "response_format": (({"type": "text"},), _CONSTRAINED),
-    "structured_outputs": ((), _CONSTRAINED),
-    "guided_json": ((), _CONSTRAINED),
-    "guided_regex": ((), _CONSTRAINED),
-    "guided_choice": ((), _CONSTRAINED),
-    "guided_grammar": ((), _CONSTRAINED),
-    "tools": (([],), f"tools are not supported; {_CONSTRAINED}"),
-    "functions": (([],), f"functions are not supported; {_CONSTRAINED}"),
+    "guided_grammar": ((), "not supported; use a JSON schema, a regular expression or a choice"),
+    "tools": (([],), f"tools {_NO_TOOLS}"),
+    "functions": (([],), f"functions {_NO_TOOLS}"),
     "tool_choice": (("none", "auto"), "there are no tools to choose from; remove it"),
     "function_call": (("none", "auto"), "there are no functions to call; remove it"),
     "modalities": ((["text"],), "only text comes out; remove it"),
@@ -94,6 +90,11 @@ class Sampling(Strict):
     stop: Text | list[Text] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     stream: bool | None = None
@@ -114,6 +115,19 @@ class Sampling(Strict):
             if data.get(name) is not None and data[name] not in neutral:
                 raise ValueError(f"{name}: {reason}")
         return {name: value for name, value in data.items() if name not in _WITHOUT_EFFECT | _NOT_SUPPORTED.keys()}
+
+    @model_validator(mode="after")
+    def _one_constraint(self) -> Sampling:
+        constraint = self.constraint()
+        if constraint is not None and self.ignore_eos:
+            raise ValueError(f"ignore_eos: what {constraint.field} asks for ends where it is complete; remove one")
+        return self
+
+    def constraint(self) -> Wanted | None:
+        """What the output must match. Raises ValueError for more than one thing."""
+        return wanted(
+            self.response_format, self.structured_outputs, self.guided_json, self.guided_regex, self.guided_choice
+        )
 
     @field_validator("logit_bias")
     @classmethod

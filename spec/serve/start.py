@@ -72,6 +72,7 @@ def serve(options: Namespace, listener: socket.socket) -> int:
 
 def make_service(options: Namespace) -> Service:
     """Loads and tests the models, and puts the parts together. Raises ValueError or OSError with the remedy."""
+    from spec.constraint import Grammars
     from spec.engine import Engine
     from spec.serve import app
     from spec.serve.drafts import Drafts, Loaded
@@ -95,11 +96,13 @@ def make_service(options: Namespace) -> Service:
     if options.audit_share:
         _audit_live(worker, options.audit_share, metrics, log)
     limits = _limits(options, parts)
+    tokenizer = loading.open_tokenizer(options.target)  # not the engine's: for another thread
+    grammars = Grammars(tokenizer, limits.vocabulary, limits.end_tokens)
     return app.Service(
         name=name,
         target=options.target,
         worker=worker,
-        texts=Texts(loading.open_tokenizer(options.target), limits.context),  # not the engine's: for another thread
+        texts=Texts(tokenizer, limits.context, grammars),
         base_limits=limits,
         metrics=metrics,
         drafts=Drafts(

@@ -18,16 +18,21 @@ from spec.serve.errors import ApiError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from spec.constraint import Grammar, Grammars
+    from spec.serve.constrained import Wanted
     from spec.serve.protocol import Message
 
 T = TypeVar("T")
 
 
 class Texts:
-    """The target's tokenizer for handlers. ``longest``: token ids of a prompt at most; checked before tokenising."""
+    """The target's tokenizer for handlers. ``longest``: token ids of a prompt at most; checked before tokenising.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int):
-        self._tokenizer, self._longest = tokenizer, longest
+    ``grammars``: of the same tokenizer; what they compile may take as long as a long prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, grammars: Grammars):
+        self._tokenizer, self._longest, self._grammars = tokenizer, longest, grammars
         self._most_characters = longest * max(len(token) for token in tokenizer.get_vocab())
         self._size = len(tokenizer)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
@@ -60,6 +65,15 @@ class Texts:
         if max(ids, default=0) >= self._size:
             raise ApiError(400, f"token outside the vocabulary of {self._size}", param="tokens")
         return await self._run(lambda: str(self._tokenizer.decode(list(ids))))
+
+    async def grammar(self, wanted: Wanted | None) -> Grammar | None:
+        """Compiles what a client asks for. Raises ApiError, with the field, for what cannot be kept to."""
+        if wanted is None:
+            return None
+        try:
+            return await self._run(lambda: wanted.compile(self._grammars))
+        except ValueError as error:
+            raise ApiError(400, f"{wanted.field}: {error}", param=wanted.field) from None
 
     async def names(self, ids: Iterable[int]) -> Mapping[int, str]:
         """These tokens (and others) as texts, for log-probs; part of a character shows as the replacement character."""
