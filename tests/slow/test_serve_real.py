@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 
-from benchmarks.common import provenance, write_atomically
+from spec.provenance import provenance, write_atomically
 from tests.serve_process import ROOT, ServerProcess
 from tests.serve_soak import QUESTION, Soak
 
