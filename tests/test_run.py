@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from onpolicy.config import OptimConfig
 from onpolicy.metrics import JsonLines
-from onpolicy.optimization import NonFiniteError, Optimization
+from onpolicy.optimization import NonFiniteError, Optimization, schedule_scale
 from onpolicy.parity import ParityError, ParityMeter
 from onpolicy.prepare import prepare
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
@@ -207,6 +207,31 @@ def test_a_damaged_checkpoint_falls_back_and_still_ends_the_same(finished, tiny_
     assert losses(tmp_path) == losses(finished)
 
 
+def test_trackers_of_a_killed_and_resumed_run_tell_each_step_once(tiny_settings, tmp_path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def told(name: str) -> list[tuple[int, float]]:
+        events = EventAccumulator(str(tmp_path / "run" / "tracker"))
+        events.Reload()
+        return [(event.step, event.value) for event in events.Scalars(name)]
+
+    watched = {"logging.trackers": "[tensorboard]", "logging.progress": "true", "evaluation.num_prompts": 0}
+    changes = {"steps": 8, "warm_start__num_prompts": 0, "checkpoint__every": 3}
+    arguments = options({**tiny_settings, **watched}, tmp_path, **changes)
+    process = start(arguments)
+    while len(lines(tmp_path)) < 5 and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 4 in dict(told("loss"))  # of which the checkpoint of step 3 knows nothing
+    complete([*arguments, "--resume"])
+    records = lines(tmp_path)
+    assert [record["step"] for record in records] == list(range(1, 9))
+    for name in ("loss", "grad_norm", "completion_tokens", "sync/logprob_abs_diff"):
+        assert len(told(name)) == 8
+        assert dict(told(name)) == pytest.approx({record["step"]: record[name] for record in records}, rel=1e-6)
+
+
 def test_a_finished_run_is_not_run_again(finished, tiny_settings) -> None:
     before = (finished / "run" / "summary.json").stat().st_mtime_ns
     config, resume = parse([*options(tiny_settings, finished), "--resume"])
@@ -228,6 +253,8 @@ def test_a_finished_run_is_not_run_again(finished, tiny_settings) -> None:
 )
 def test_every_way_to_train_moves_the_student_and_keeps_parity(tiny_settings, tmp_path, changes) -> None:
     summary = train(tiny_settings, tmp_path, **changes, warm_start__num_prompts=0, steps=3)
+    updates = int(changes.get("optim__updates_per_step", 1))
+    assert [r["policy_version"] for r in lines(tmp_path)] == [updates, 2 * updates, 3 * updates]
     records = [r for r in lines(tmp_path) if "sync/logprob_abs_diff" in r]
     assert records and all(r["sync/logprob_abs_diff"] < 1e-3 for r in records)
     assert summary["heldout"]["start"] != summary["heldout"]["end"]
@@ -369,6 +396,27 @@ def test_what_only_building_refuses_is_a_users_mistake_and_the_name_stays_free(
     unused = {"steps": 1, "student__freeze_embeddings": "true"}
     assert main(options(tiny_settings, tmp_path, **adapter, **unused, student__lora__target_modules="[q_proj]")) == 0
     assert "note: student.freeze_embeddings" in capsys.readouterr().out
+
+
+def test_the_schedule_by_hand() -> None:
+    def scales(schedule: str) -> list[float]:
+        return [schedule_scale(step, 6, 2, schedule, final=0.1) for step in range(7)]  # type: ignore[arg-type]
+
+    warm_up = [1 / 3, 2 / 3]
+    assert scales("constant") == pytest.approx([*warm_up, 1, 1, 1, 1, 1])
+    assert scales("linear") == pytest.approx([*warm_up, 1, 0.775, 0.55, 0.325, 0.1])
+    cosine = [1, 0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1]
+    assert scales("cosine") == pytest.approx([*warm_up, *cosine])
+    assert schedule_scale(0, 3, 0, "cosine", final=0.0) == 1 and schedule_scale(4, 5, 9, "linear", 0.1) == 0.5
+
+
+def test_the_schedule_spans_the_updates_of_a_phase(tiny_settings, tmp_path) -> None:
+    changes = {"optim__updates_per_step": 2, "optim__schedule": "linear", "optim__warmup_steps": 1}
+    changes |= {"evaluation__num_prompts": 0, "optim__final_scale": 0.0, "optim__learning_rate": 1e-3}
+    train(tiny_settings, tmp_path, steps=3, warm_start__num_prompts=0, **changes)
+    used = [1e-3 * schedule_scale(update, 6, 1, "linear", 0.0) for update in range(6)]
+    means = [sum(used[2 * step : 2 * step + 2]) / 2 for step in range(3)]
+    assert [r["learning_rate"] for r in lines(tmp_path)] == pytest.approx(means)
 
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
