@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -49,6 +50,11 @@ def check_names(target: str, draft: str | None) -> None:
             _check_model(part, "draft", instead=f", or {' or '.join(LOOKUPS)}")
 
 
+def draft_models(draft: str | None) -> list[str]:
+    """The directories and hub ids in a drafter's name: ``ngram+DIR`` -> [DIR]."""
+    return [part for part in _parts(draft) if part not in LOOKUPS]
+
+
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """From a directory without a look at any hub, or from a hub id. No remote code is run.
 
@@ -83,12 +89,31 @@ def open_drafter(
 
     Raises ValueError for a draft model with another tokenizer than the target's.
     """
-    members = [_open_one(part, target, tokenizer, models, options or DrafterOptions()) for part in _parts(name)]
-    if len(members) < 2:
-        return members[0] if members else None
+    if name is None:
+        return None
+    options = options or DrafterOptions()
+    return open_drafters(name, target, tokenizer, models, options.quantization, (options.drafting,))[0]
+
+
+def open_drafters(
+    name: str,
+    target: LanguageModel,
+    tokenizer: PreTrainedTokenizerBase,
+    models: ModelOptions,
+    quantization: DraftQuantization,
+    draftings: Sequence[Drafting],
+) -> list[Drafter]:
+    """One drafter for each way of drafting. They share a draft model: its weights are there once, its cache for all.
+
+    Raises ValueError as :func:`open_drafter` does.
+    """
+    makers = [_maker(part, target, tokenizer, models, quantization) for part in _parts(name)]
+    made = [[make(drafting) for make in makers] for drafting in draftings]
+    if len(makers) == 1:
+        return [members[0] for members in made]
     from spec.drafters.fallback import Fallback
 
-    return Fallback(*members)
+    return [Fallback(*members) for members in made]
 
 
 def draft_length(text: str) -> DraftLength:
@@ -128,21 +153,22 @@ def _check_model(name: str, role: str, instead: str = "") -> None:
         )
 
 
-def _open_one(
+def _maker(
     name: str,
     target: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     models: ModelOptions,
-    options: DrafterOptions,
-) -> Drafter:
+    quantization: DraftQuantization,
+) -> Callable[[Drafting], Drafter]:
+    """What makes drafters of this name; a draft model is loaded here, once."""
     if name == "ngram":
         from spec.drafters.ngram import NgramDrafter
 
-        return NgramDrafter()
+        return lambda _: NgramDrafter()
     if name == "suffix":
         from spec.drafters.suffix import SuffixDrafter
 
-        return SuffixDrafter()
+        return lambda _: SuffixDrafter()
     import torch
 
     from spec.drafters.alignment import check_tokenizers
@@ -153,15 +179,15 @@ def _open_one(
     check_tokenizers(tokenizer, open_tokenizer(name))
     reduced = DraftVocabulary.load(Path(name), target.vocab_size)
     vocabulary = None if reduced is None else torch.from_numpy(reduced.ids)
-    if options.quantization != "auto":
-        draft = _load(name, models, options.quantization, vocabulary)
+    if quantization != "auto":
+        draft = _load(name, models, quantization, vocabulary)
     else:
         quick = target.device.type == "cpu" and models.dtype == "bfloat16"
         try:
             draft = _load(name, models, "int8" if quick else "none", vocabulary)
         except UnsupportedModel:
             draft, vocabulary = _load(name, models, "none"), None
-    return ModelDrafter(draft, target, drafting=options.drafting, vocabulary=vocabulary)
+    return lambda drafting: ModelDrafter(draft, target, drafting=drafting, vocabulary=vocabulary)
 
 
 def _load(

@@ -162,4 +162,5 @@ class Result:
     request: Request
     completions: list[Completion]
     seconds_to_first_token: float | None = None  # from add() to the first token of any sample
+    seconds_queued: float | None = None  # from add() to the first slot of any sample
     seconds: float = 0.0  # from add() to the end of the last sample

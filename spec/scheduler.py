@@ -132,6 +132,8 @@ class Scheduler:
             self._target.fork(reader.slot, slot, _shared(sample))
             sample.cached = _shared(sample)
         sample.slot = slot
+        if sample.task.result.seconds_queued is None:
+            sample.task.result.seconds_queued = sample.task.seconds()
         self._running.append(sample)
         return True
 

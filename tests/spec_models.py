@@ -31,6 +31,10 @@ class TableModel:
         self.forwards: list[int] = []  # new tokens of each
         self._logits = logits
 
+    @property
+    def cache_usage(self) -> float:
+        return len(self.held) / (len(self.held) + len(self.free))
+
     def open(self, capacity: int) -> int | None:
         if capacity > self.max_positions:
             raise ValueError(f"capacity {capacity} can never be given")

@@ -63,8 +63,7 @@ def engine(models, tokenizer) -> Engine:
 def server(models):
     server = ServerProcess("--target", models["target"], "--draft", models["draft"], *COMMON, "--audit-share", 1)
     yield server
-    assert server.figure("spec_audit_tokens_total") > 500 and server.figure("spec_audit_different") == 0
-    assert server.figure("spec_audit_log10_e") < 3  # whatever the tests of this file asked for
+    assert server.figure("spec_audit_different") == 0  # whatever the tests of this file asked for
     assert server.stop() == 0
 
 
@@ -102,21 +101,37 @@ def test_greedy_answers_are_the_targets(client, engine, tokenizer) -> None:
     assert chat.usage.prompt_tokens == len(ids)
 
 
-def test_every_setting_reaches_the_engine(client, engine, tokenizer) -> None:
-    """A seeded plain text under all settings at once is the one the engine gives for them."""
-    settings: dict[str, Any] = {"temperature": 0.8, "presence_penalty": 0.7, "frequency_penalty": 0.3}
-    ours = {"top_k": 40, "min_p": 0.01, "repetition_penalty": 1.2}
-    params = Params(
-        **settings, **ours, top_p=0.9, logit_bias={5: 3.0, 7: -100.0}, allowed_token_ids=tuple(range(0, 300)), seed=11
-    )
-    expected = alone(engine, tokenizer(PROMPT)["input_ids"], 40, params, stop=("zq",), stop_token_ids=())
-    given = client.completions.create(
-        model="target", prompt=PROMPT, max_tokens=40, seed=11, top_p=0.9, logit_bias={"5": 3, "7": -100}, stop="zq",
-        extra_body={**ours, "allowed_token_ids": list(range(300)), "ignore_eos": True, "draft_length": 0}, **settings,
-    )  # fmt: skip
-    assert given.choices[0].text == expected.text
-    neutral = alone(engine, tokenizer(PROMPT)["input_ids"], 40, Params(seed=11), stop_token_ids=())
-    assert neutral.text != expected.text
+SETTINGS: dict[str, Any] = {
+    "temperature": 0.5, "top_p": 0.6, "top_k": 3, "min_p": 0.2, "presence_penalty": 1.5, "frequency_penalty": 1.5,
+    "repetition_penalty": 1.8, "logit_bias": {"5": 6, "7": -100}, "allowed_token_ids": list(range(200)),
+    "stop_token_ids": list(range(50, 90)), "stop": ["e", "a"], "max_tokens": 11, "seed": 12, "ignore_eos": True,
+}  # fmt: skip
+
+
+def expected_under(engine: Engine, ids: list[int], settings: dict[str, Any]) -> Completion:
+    """What the engine gives for settings as a client writes them, with seed 15 and 40 tokens unless they say other."""
+    given = {"seed": 15, "max_tokens": 40, "logit_bias": {2: 1.0}, **settings}  # the end of text is near
+    stops = given.pop("stop_token_ids", ())
+    end = () if given.pop("ignore_eos", False) else (2,)
+    given["logit_bias"] = {int(id): bias for id, bias in given["logit_bias"].items()}
+    if "allowed_token_ids" in given:
+        given["allowed_token_ids"] = tuple(given["allowed_token_ids"])
+    count, stop = given.pop("max_tokens"), tuple(given.pop("stop", ()))
+    return alone(engine, ids, count, Params(**given), stop=stop, stop_token_ids=(*stops, *end))
+
+
+def test_every_setting_reaches_the_engine(server, engine, tokenizer) -> None:
+    """Each alone changes the seeded plain text, to the one that the engine gives for it; and so do all at once."""
+    ids = tokenizer(PROMPT)["input_ids"]
+    neutral = expected_under(engine, ids, {})
+    assert neutral.finish_reason == "stop" and len(neutral.token_ids) > 11  # so that each can show
+    cases: dict[str, dict[str, Any]] = {name: {name: value} for name, value in SETTINGS.items()}
+    for name, settings in {**cases, "all": SETTINGS}.items():
+        expected = expected_under(engine, ids, settings)
+        body = {"prompt": PROMPT, "seed": 15, "max_tokens": 40, "logit_bias": {"2": 1}, "draft_length": 0, **settings}
+        choice = httpx.post(server.url + "/v1/completions", json=body).json()["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == (expected.text, expected.finish_reason), name
+        assert expected.token_ids != neutral.token_ids, name
 
 
 @pytest.mark.parametrize("chat", (False, True), ids=("completions", "chat"))
@@ -262,7 +277,7 @@ def test_facts_of_a_request_and_the_metrics_agree(client, server) -> None:
     names = ("vllm:spec_decode_num_draft_tokens_total", "vllm:spec_decode_num_accepted_tokens_total",
              "spec:target_steps_total", "vllm:generation_tokens_total", "vllm:prompt_tokens_total",
              "vllm:spec_decode_num_accepted_tokens_per_pos_total", "spec:drafted_tokens_per_pos_total",
-             "vllm:time_to_first_token_seconds_count")  # fmt: skip
+             "vllm:time_to_first_token_seconds_count", "vllm:request_queue_time_seconds_count")  # fmt: skip
     before = {name: server.figure(name) for name in names}
     given = client.completions.create(
         model="target", prompt=PROMPT, max_tokens=30, n=2, temperature=0.7,
@@ -275,12 +290,25 @@ def test_facts_of_a_request_and_the_metrics_agree(client, server) -> None:
         assert fact["accepted"] == sum(fact["accepted_by_position"])
     drafted, accepted = (sum(fact[name] for fact in facts) for name in ("drafted", "accepted"))
     steps = sum(fact["target_steps"] for fact in facts)
-    expected = (drafted, accepted, steps, 60, given.usage.prompt_tokens, accepted, drafted, 1)
+    expected = (drafted, accepted, steps, 60, given.usage.prompt_tokens, accepted, drafted, 1, 1)
     assert [server.figure(name) - before[name] for name in names] == list(expected)
     plain = client.completions.create(
         model="target", prompt=PROMPT, max_tokens=30, extra_body={"metrics": True, "draft_length": 0}
     )
     assert plain.metrics["choices"][0]["drafted"] == 0
+
+
+def test_answers_are_audited_while_they_are_served(client, server) -> None:
+    names = ("spec_audit_tokens_total", "spec_audit_samples_total", "spec_audit_skipped_total")
+    tokens, samples, skipped = (server.figure(name) for name in names)
+    for i in range(8):
+        client.completions.create(
+            model="target", prompt=[PROMPT, f"Bill {i}"], max_tokens=70, extra_body={"ignore_eos": True},
+            temperature=0 if i == 7 else 0.8,
+        )  # fmt: skip
+    server.settled("spec_audit_tokens_total", tokens + 14 * 64)
+    assert (server.figure(names[1]), server.figure(names[2])) == (samples + 14, skipped + 2)
+    assert server.figure("spec_audit_log10_e") < 6 and 0 < server.figure("spec_audit_epsilon") < 1
 
 
 def test_tokens_there_and_back(server, tokenizer) -> None:
@@ -325,6 +353,13 @@ def test_models_health_and_page(client, server) -> None:
         ({"logit_bias": {"99999": 1}}, 400, "outside the vocabulary"),
         ({"logit_bias": {"x": 1}}, 400, "logit_bias"),
         ({"logit_bias": {"1": 101}}, 400, "[-100, 100]"),
+        ({"logit_bias": {"5": 1, "05": 2}}, 400, "logit_bias"),
+        ({"repetition_penalty": 1e-38}, 400, "repetition_penalty"),
+        ({"prompt": [""] * 20_000}, 400, "20000 choices: at most 128"),
+        ({"prompt": ["a", "b"], "n": 65}, 400, "130 choices: at most 128"),
+        ({"allowed_token_ids": [1] * 65_537}, 400, "allowed_token_ids"),
+        ({"draft_length": 17}, 400, "less than or equal to 16"),
+        ({"min_tokens": 1}, 400, "min_tokens: not supported"),
         ({"stop": [""]}, 400, "stop"),
         ({"stop": ["x"] * 17}, 400, "at most 16"),
         ({"logprobs": 21}, 400, "logprobs"),
@@ -350,6 +385,55 @@ def test_mistakes_are_answered_in_openais_format(body, status: int, message: str
         "message", "type", "param", "code"
     }  # fmt: skip
     assert "word word" not in given.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    (
+        ("completions", {"prompt": {"a": 1}}, "prompt"),
+        ("completions", {"prompt": ["a", 1]}, "prompt[1]"),
+        ("completions", {"prompt": [[1], [2, "x"]]}, "prompt[1][1]"),
+        ("completions", {"prompt": "x", "stop": [1]}, "stop[0]"),
+        ("completions", {"prompt": "x", "logit_bias": {"x": 1}}, "logit_bias"),
+        ("completions", {"prompt": "x", "best_of": 2}, "best_of"),
+        ("completions", {"prompt": "x", "max_token": 2}, "max_token"),
+        ("completions", {"prompt": "x", "stream_options": {"include_usage": "?"}}, "stream_options.include_usage"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+         "messages[0].content[0].text"),
+        ("chat/completions", {"messages": [{"role": "nobody", "content": "x"}]}, "messages[0].role"),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x", "cards": 1}]}, "messages[0]"),
+    ),
+)  # fmt: skip
+def test_an_error_names_the_fields_path(path: str, body: dict[str, Any], param: str, server) -> None:
+    error = httpx.post(f"{server.url}/v1/{path}", json=body).json()["error"]
+    assert error["param"] == param and error["message"].startswith(param + ": ")
+
+
+@pytest.mark.parametrize("temperature", (0.01, 1.0))
+def test_extreme_settings_within_the_ranges_give_an_answer(temperature: float, client) -> None:
+    for extreme in (
+        {"top_p": 7e-46}, {"repetition_penalty": 0.01}, {"min_p": 1e-300}, {"top_p": 1e-300, "min_p": 1.0},
+        {"logit_bias": {str(i): 100 if i % 2 else -100 for i in range(300)}},
+    ):  # fmt: skip
+        given = client.completions.create(
+            model="target", prompt=PROMPT, max_tokens=8, temperature=temperature, extra_body=extreme, n=2
+        )
+        assert len(given.choices) == 2
+    given = client.completions.create(model="target", prompt=PROMPT, max_tokens=8, top_p=7e-46)
+    assert (
+        given.choices[0].text
+        == client.completions.create(model="target", prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+    )
+
+
+def test_the_description_of_the_api_names_its_errors_and_answers(server) -> None:
+    described = httpx.get(server.url + "/openapi.json").json()
+    post = described["paths"]["/v1/completions"]["post"]["responses"]
+    assert {"200", "400", "401", "404", "413", "429", "503"} <= post.keys() and "422" not in post
+    error = {"$ref": "#/components/schemas/Error"}
+    assert all(post[status]["content"]["application/json"]["schema"] == error for status in post.keys() - {"200"})
+    assert "HTTPValidationError" not in described["components"]["schemas"]
+    assert "/admin/draft" in described["paths"]
 
 
 def test_the_client_raises_its_own_exceptions(client) -> None:
@@ -386,8 +470,10 @@ def test_other_paths_and_methods(server) -> None:
     assert httpx.get(server.url + "/v1/completions").status_code == 405
     assert httpx.post(server.url + "/admin/draft", json={"draft": None}).status_code == 403
     assert httpx.get(server.url + "/page/../start.py").status_code == 404
-    foreign = httpx.get(server.url + "/v1/models", headers={"Host": "evil.example"})
-    assert foreign.status_code == 400
+    for name, status in (("evil.example", 400), ("127.0.0.1.evil", 400), ("LocalHost:99", 200), ("[::1]:8000", 200)):
+        foreign = httpx.get(server.url + "/v1/models", headers={"Host": name})
+        assert foreign.status_code == status, name
+    assert httpx.get(server.url + "/", headers={"Host": "evil"}).json()["error"]["type"] == "invalid_request_error"
     assert (
         "access-control-allow-origin"
         not in httpx.get(server.url + "/v1/models", headers={"Origin": "http://x"}).headers
@@ -438,12 +524,17 @@ def test_keys_sizes_and_origins(busy_server) -> None:
     assert httpx.get(url + "/v1/models").status_code == httpx.post(url + "/tokenize", json={}).status_code == 401
     for path in ("/", "/health", "/metrics"):
         assert httpx.get(url + path).status_code == 200
-    assert httpx.get(url + "/admin/draft", headers=KEY).status_code == 401
+    for key, status in (("k", 401), ("root", 200)):
+        assert httpx.get(url + "/admin/draft", headers={"Authorization": f"Bearer {key}"}).status_code == status
     assert httpx.post(url + "/v1/completions", json={"prompt": "x" * 5000}, headers=KEY).status_code == 413
     chunked = httpx.post(url + "/v1/completions", content=iter([b"x" * 3000] * 2), headers=KEY)
     assert chunked.status_code == 413
     friend = httpx.get(url + "/v1/models", headers={**KEY, "Origin": "http://friend"})
     assert friend.headers["access-control-allow-origin"] == "http://friend"
+    for origin, status in (("http://friend", 200), ("http://foe", 400)):
+        asks = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+        given = httpx.options(url + "/v1/models", headers=asks)
+        assert given.status_code == status and (status == 200 or "CORS" in given.json()["error"]["message"])
 
 
 def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_slots(busy_server) -> None:
@@ -455,8 +546,11 @@ def test_a_full_queue_answers_429_and_a_client_that_leaves_frees_its_slots(busy_
         full = httpx.post(url + "/v1/completions", json={"prompt": "x"}, headers=KEY)
         assert full.status_code == 429 and int(full.headers["Retry-After"]) >= 1
         assert full.json()["error"]["type"] == "rate_limit_error"
+        assert 0 < server.figure("vllm:kv_cache_usage_perc") <= 1
+        assert server.figure("vllm:inter_token_latency_seconds_count") > 0
     server.settled("vllm:num_requests_running", 0)
     server.settled("vllm:num_requests_waiting", 0)
+    server.settled("vllm:kv_cache_usage_perc", 0)  # nothing is held for one who has gone
     assert server.figure("vllm:generation_tokens_total") - tokens < 8 * 480 / 2  # ended long before its end
     assert server.event("request", cancelled=True)
     assert httpx.post(url + "/v1/completions", json={"prompt": "x"}, headers=KEY).status_code == 200
@@ -492,6 +586,8 @@ def test_drafts_swap_while_requests_run(busy_server, models, engine, tokenizer) 
         ({"draft": str(models["damaged"])}, "damaged"),
         ({"draft": str(models["no tokenizer"])}, "cannot load the tokenizer"),
         ({"draft": "ngram", "draft_length": "many"}, "give a number"),
+        ({"draft": "somebody/something"}, "name a hub id with --allowed-draft"),
+        ({"draft": "ngram+somebody/something"}, "name a hub id with --allowed-draft"),
     ):
         refused = httpx.post(url + "/admin/draft", json=body, headers=admin, timeout=60)
         assert refused.status_code == 400 and message in refused.json()["error"]["message"]

@@ -41,6 +41,10 @@ class LanguageModel(Protocol):
     num_parameters: int  # of every weight, tied ones once; for messages
     device: torch.device
 
+    @property
+    def cache_usage(self) -> float:
+        """Share of the KV cache that open slots hold, in [0, 1]. May be read from any thread."""
+
     def open(self, capacity: int) -> int | None:
         """A slot for a sequence of up to ``capacity`` tokens, or None while there is no room.
 

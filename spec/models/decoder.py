@@ -90,6 +90,11 @@ class Decoder:
         self._ops: Ops = _ops(weights, self._pool.largest, self.max_positions)
         self._spans: dict[int, Span] = {}
 
+    @property
+    def cache_usage(self) -> float:
+        """See :attr:`spec.models.base.LanguageModel.cache_usage`."""
+        return 1 - self._pool.free / self._pool.largest
+
     def open(self, capacity: int) -> int | None:
         """See :meth:`spec.models.base.LanguageModel.open`."""
         if capacity > self.max_positions:

@@ -52,6 +52,11 @@ class TransformersModel:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=local)
         return cls(model.to(device), name=str(path))
 
+    @property
+    def cache_usage(self) -> float:
+        """See :attr:`spec.models.base.LanguageModel.cache_usage`."""
+        return len(self._caches) / self._slots
+
     def open(self, capacity: int) -> int | None:
         if capacity > self.max_positions:
             raise ValueError(f"{capacity} tokens are more than the {self.max_positions} positions of {self.name}")

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 
-from spec.serve import errors
+from spec.serve import errors, schemas
 from spec.serve.answers import Answer, ChatAnswer, CompletionAnswer, Head, Json, Shown
 from spec.serve.errors import ApiError
 from spec.serve.gate import Gate, Keys
@@ -118,17 +118,26 @@ def make_app(service: Service) -> FastAPI:
         app.include_router(router)
     app.mount("/page", StaticFiles(directory=PAGE))
     policy = service.policy
-    if policy.hosts:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(policy.hosts), www_redirect=False)
     app.add_middleware(
-        Gate, keys=policy.keys, most_bytes=policy.most_bytes, log=service.log, metrics=service.metrics
+        Gate, keys=policy.keys, hosts=policy.hosts, most_bytes=policy.most_bytes, log=service.log,
+        metrics=service.metrics,
     )  # fmt: skip
     if policy.cors_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(policy.cors_origins), allow_methods=["GET", "POST"],
+            _Cors, allow_origins=list(policy.cors_origins), allow_methods=["GET", "POST"],
             allow_headers=["Authorization", "Content-Type"], expose_headers=["Retry-After", "x-request-id"],
         )  # fmt: skip
     return app
+
+
+class _Cors(CORSMiddleware):
+    """Its refusals in the format of all others."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        given = super().preflight_response(request_headers)
+        if given.status_code < 400:
+            return given
+        return ApiError(given.status_code, bytes(given.body).decode(), headers={"Vary": "Origin"}).response()
 
 
 def _service(http: HttpRequest) -> Service:
@@ -137,6 +146,10 @@ def _service(http: HttpRequest) -> Service:
 
 
 _probes, _openai, _admin = APIRouter(), APIRouter(), APIRouter(prefix="/admin")
+_GENERATION = (400, 401, 404, 408, 413, 429, 500, 503)
+_READY: dict[int | str, dict[str, Any]] = {
+    200: {"model": schemas.Status}, 503: {"model": schemas.Status, "description": "The engine takes no requests"},
+}  # fmt: skip
 
 
 @_probes.get("/", include_in_schema=False)
@@ -144,14 +157,14 @@ async def page() -> Response:
     return FileResponse(PAGE / "index.html", headers=_PAGE_HEADERS)
 
 
-@_probes.get("/health/live")
+@_probes.get("/health/live", responses=schemas.answers(schemas.Status))
 async def live() -> Json:
     """The process answers."""
     return {"status": "ok"}
 
 
-@_probes.get("/health")
-@_probes.get("/health/ready")
+@_probes.get("/health", responses=_READY)
+@_probes.get("/health/ready", responses=_READY)
 async def ready(http: HttpRequest) -> Response:
     """The engine takes requests; 503 while it does not."""
     service = _service(http)
@@ -159,24 +172,24 @@ async def ready(http: HttpRequest) -> Response:
     return JSONResponse({"status": state}, 200 if state == "ok" else 503)
 
 
-@_probes.get("/metrics")
+@_probes.get("/metrics", response_class=PlainTextResponse)
 async def metrics(http: HttpRequest) -> Response:
     """Prometheus text."""
     return Response(_service(http).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-@_openai.get("/v1/models")
+@_openai.get("/v1/models", responses=schemas.answers(schemas.Models, 401))
 async def models(http: HttpRequest) -> Json:
     return {"object": "list", "data": [_card(_service(http))]}
 
 
-@_openai.get("/v1/models/{name:path}")
+@_openai.get("/v1/models/{name:path}", responses=schemas.answers(schemas.Model, 401, 404))
 async def model(http: HttpRequest, name: str) -> Json:
     _service(http).check_model(name)
     return _card(_service(http))
 
 
-@_openai.post("/v1/completions")
+@_openai.post("/v1/completions", responses=schemas.answers(schemas.Completion, *_GENERATION, stream=True))
 async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
     service = _service(http)
     service.check_model(body.model)
@@ -185,7 +198,7 @@ async def completions(http: HttpRequest, body: CompletionRequest) -> Response:
     return await _run(http, service, requests, answer, service.head("cmpl"), body)
 
 
-@_openai.post("/v1/chat/completions")
+@_openai.post("/v1/chat/completions", responses=schemas.answers(schemas.ChatCompletion, *_GENERATION, stream=True))
 async def chat(http: HttpRequest, body: ChatRequest) -> Response:
     service = _service(http)
     service.check_model(body.model)
@@ -194,7 +207,7 @@ async def chat(http: HttpRequest, body: ChatRequest) -> Response:
     return await _run(http, service, requests, answer, service.head("chatcmpl"), body)
 
 
-@_openai.post("/tokenize")
+@_openai.post("/tokenize", responses=schemas.answers(schemas.Tokens, 400, 401, 404, 413))
 async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Json:
     service = _service(http)
     service.check_model(body.model)
@@ -207,21 +220,21 @@ async def tokenize(http: HttpRequest, body: TokenizeRequest) -> Json:
     return {"count": len(ids), "max_model_len": service.limits.context, "tokens": ids, "token_strs": strings}
 
 
-@_openai.post("/detokenize")
+@_openai.post("/detokenize", responses=schemas.answers(schemas.Text, 400, 401, 404, 413))
 async def detokenize(http: HttpRequest, body: DetokenizeRequest) -> Json:
     service = _service(http)
     service.check_model(body.model)
     return {"prompt": await service.texts.decode(body.tokens)}
 
 
-@_admin.get("/draft")
+@_admin.get("/draft", responses=schemas.answers(schemas.DraftState, 401, 403))
 async def draft(http: HttpRequest) -> Json:
     """The draft in use, and the one that a rollback would bring back."""
     drafts = _service(http).drafts
     return {"version": drafts.version, "current": _named(drafts.current), "previous": _named(drafts.previous)}
 
 
-@_admin.post("/draft")
+@_admin.post("/draft", responses=schemas.answers(schemas.DraftState, 400, 401, 403, 409, 503))
 async def swap(http: HttpRequest, body: SwapRequest) -> Json:
     """A new draft takes over, between two steps; nothing is dropped."""
     drafts = _service(http).drafts
@@ -229,7 +242,7 @@ async def swap(http: HttpRequest, body: SwapRequest) -> Json:
     return await draft(http)
 
 
-@_admin.post("/draft/rollback")
+@_admin.post("/draft/rollback", responses=schemas.answers(schemas.DraftState, 401, 403, 409, 503))
 async def rollback(http: HttpRequest) -> Json:
     """The draft before takes over again."""
     await _service(http).drafts.rollback()

@@ -5,10 +5,12 @@ What went wrong is said, never with what text: error bodies and logs hold no pro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
@@ -72,13 +74,47 @@ def install(app: FastAPI) -> None:
 
 
 def from_validation(problems: Any) -> ApiError:
-    """400 for the first of pydantic's problems (for a union: its first branch), without the value that caused it."""
-    first = problems[0]
-    path = [str(part) for part in first["loc"] if part != "body"]
+    """400 for the first of pydantic's problems, without the value that caused it.
+
+    Of a union's branches the one is named that got furthest into the value: it is the one that was meant.
+    """
+    field = problems[0]["loc"][:2]
+    first = max((p for p in problems if p["loc"][:2] == field), key=lambda problem: _depth(problem["loc"]))
+    param = _path(first["loc"])
     message = str(first["msg"]).removeprefix("Value error, ")
+    named, colon, rest = message.partition(": ")
+    if param is None and colon and named in _field_names():  # of a rule on several fields
+        param, message = named, rest
     if first["type"] == "extra_forbidden":
         message = "unknown field; remove it"
     if first["type"] == "json_invalid":
-        path, message = [], "the body is not valid JSON"
-    param = ".".join(path) or None
+        param, message = None, "the body is not valid JSON"
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
+
+
+def _depth(location: Sequence[str | int]) -> tuple[int, list[int]]:
+    return len(location), [part for part in location if isinstance(part, int)]
+
+
+def _path(location: Sequence[str | int]) -> str | None:
+    """("body", "messages", 0, "content", "list[TextPart]", 1, "text") -> messages[0].content[1].text.
+
+    pydantic writes the branches of a union between the fields: a name below the first is kept if it is a field's.
+    """
+    path = ""
+    for part in location[1:] if location[:1] == ("body",) else location:
+        if isinstance(part, int):
+            path += f"[{part}]" if path else ""
+        elif not path:
+            path = part
+        elif part in _field_names():
+            path += f".{part}"
+    return path or None
+
+
+@cache
+def _field_names() -> frozenset[str]:
+    from spec.serve import protocol
+
+    models = [m for m in vars(protocol).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    return frozenset(field.alias or name for m in models for name, field in m.model_fields.items())

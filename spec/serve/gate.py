@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ class Keys:
         """Raises ApiError 401 or 403."""
         if path.startswith("/admin"):
             if self.admin is None:
-                raise ApiError(403, "administration is off: start the server with --admin-key or --api-key")
+                raise ApiError(403, "administration is off: start the server with --admin-key or SPEC_ADMIN_KEY")
             self._compare(authorization, self.admin)
         elif self.api is not None and path not in _OPEN and not path.startswith("/page/"):
             self._compare(authorization, self.api)
@@ -49,11 +50,21 @@ class Keys:
             )  # fmt: skip
 
 
+def check_host(hosts: Sequence[str], header: str) -> None:
+    """Raises ApiError 400 for a Host header that is not among ``hosts`` (``*.example.com`` is one); none: all are."""
+    name = header.lower()
+    name = name.partition("]")[0] + "]" if name.startswith("[") else name.partition(":")[0]
+    if hosts and not any(name == host or (host.startswith("*.") and name.endswith(host[1:])) for host in hosts):
+        raise ApiError(400, "no host of that name here: use the address the server is bound to, or --allowed-host")
+
+
 class Gate:
     """Outermost of the application. Every answer carries ``x-request-id``; every request but probes is logged."""
 
-    def __init__(self, app: ASGIApp, *, keys: Keys, most_bytes: int, log: RequestLog, metrics: Metrics):
-        self._app, self._keys, self._most_bytes = app, keys, most_bytes
+    def __init__(
+        self, app: ASGIApp, *, keys: Keys, hosts: Sequence[str], most_bytes: int, log: RequestLog, metrics: Metrics
+    ):
+        self._app, self._keys, self._hosts, self._most_bytes = app, keys, [host.lower() for host in hosts], most_bytes
         self._log, self._metrics = log, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,6 +95,7 @@ class Gate:
     async def _enter(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         try:
+            check_host(self._hosts, headers.get("host", ""))
             if scope["method"] != "OPTIONS":  # a browser asks before it may send a key
                 self._keys.check(scope["path"], headers.get("authorization", ""))
             body = await self._body(headers, receive) if scope["method"] in ("POST", "PUT", "PATCH") else None

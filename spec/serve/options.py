@@ -12,8 +12,9 @@ from spec import loading
 _SECRETS = {"api_key": "SPEC_API_KEY", "admin_key": "SPEC_ADMIN_KEY"}  # never in a config file's place: see parse
 # What only our own engine and server have; with --backend vllm they are refused, not dropped.
 TORCH_ONLY = (
-    "admin_key", "allowed_host", "cache_tokens", "default_max_tokens", "drafting", "draft_quantization", "log_text",
-    "audit_at_start", "audit_share", "max_body", "max_waiting", "mode", "quantization", "request_timeout",
+    "admin_key", "allowed_draft", "allowed_host", "audit_at_start", "audit_share", "cache_tokens",
+    "default_max_tokens", "drafting", "draft_quantization", "log_text", "max_body", "max_waiting", "mode",
+    "quantization", "request_timeout",
 )  # fmt: skip
 
 
@@ -70,7 +71,9 @@ def _add_access(group: argparse._ArgumentGroup) -> None:
     add("--host", default="127.0.0.1", help="address to bind; 0.0.0.0 for all")
     add("--port", type=int, default=8000, help="0: any free one")
     add("--api-key", help="clients must send it; default: $SPEC_API_KEY, else no key")
-    add("--admin-key", help="for /admin; default: $SPEC_ADMIN_KEY, else the API key, else /admin is closed")
+    add("--admin-key", help="for /admin, where drafts are swapped; default: $SPEC_ADMIN_KEY, else /admin is closed")
+    add("--allowed-draft", action="append", default=[], metavar="ID",
+        help="hub id that /admin may load, besides directories and the first draft; may be repeated")  # fmt: skip
     add("--cors-origin", action="append", default=[], metavar="ORIGIN", help="let this web origin in; may be repeated")
     add("--allowed-host", action="append", default=[], metavar="HOST",
         help="Host header to accept; default: loopback names when bound to loopback, else all")  # fmt: skip

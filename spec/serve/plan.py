@@ -37,9 +37,9 @@ async def completion_requests(body: CompletionRequest, texts: Texts, limits: Lim
 
     Raises ApiError, with the remedy, for what cannot run.
     """
+    _check_samples(_count(body.prompt) * (body.n or 1), limits)  # before thousands of prompts are tokenised
     prompts, grammar = await _prompts(body, texts), await texts.grammar(body.constraint())
     requests = [_request(body, ids, body.max_tokens or 16, body.logprobs, grammar, limits) for ids in prompts]
-    _check_samples(requests, limits)
     if not body.echo:
         return requests, [""] * len(requests)
     if isinstance(body.prompt, str):
@@ -50,13 +50,12 @@ async def completion_requests(body: CompletionRequest, texts: Texts, limits: Lim
 
 async def chat_requests(body: ChatRequest, texts: Texts, limits: Limits) -> list[Request]:
     """The one engine request of a conversation. Raises ApiError, with the remedy, for what cannot run."""
+    _check_samples(body.n or 1, limits)
     ids, grammar = await texts.encode_chat(body.messages), await texts.grammar(body.constraint())
     room = max(limits.context - len(ids), 1)
     tokens = body.max_completion_tokens or body.max_tokens or min(limits.default_tokens, room)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = [_request(body, ids, tokens, logprobs, grammar, limits)]
-    _check_samples(requests, limits)
-    return requests
+    return [_request(body, ids, tokens, logprobs, grammar, limits)]
 
 
 async def _prompts(body: CompletionRequest, texts: Texts) -> list[list[int]]:
@@ -139,7 +138,11 @@ def _draft_length(body: Sampling, limits: Limits) -> int | None:
     return body.draft_length
 
 
-def _check_samples(requests: Sequence[Request], limits: Limits) -> None:
-    samples = sum(request.n for request in requests)
+def _count(prompt: str | Sequence[object]) -> int:
+    """How many prompts these are: a text or a list of token ids is one."""
+    return 1 if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int) else len(prompt)
+
+
+def _check_samples(samples: int, limits: Limits) -> None:
     if samples > limits.samples:
         raise ApiError(400, f"{samples} choices: at most {limits.samples} in one call; send several calls", param="n")

@@ -49,6 +49,8 @@ _NOT_SUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {  # field -> values th
     "chat_template": ((), "the model's own chat template is used; send token ids to /v1/completions for another"),
 }
 
+_MOST_IDS = 65_536  # in logit_bias and allowed_token_ids
+_LONGEST_DRAFT = 16  # each draft is a row of logits as long as the vocabulary, for every sequence that runs
 Text = Annotated[str, StringConstraints(max_length=4_000_000)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31, strict=True)]  # true is no token
 
@@ -85,8 +87,11 @@ class Sampling(Strict):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     repetition_penalty: float | None = Field(None, ge=LEAST_REPETITION_PENALTY, le=100)
-    logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^[0-9]{1,9}$")], float] | None = None
-    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1)
+    # "05" would be another key for 5: of two biases for one token, which one counts?
+    logit_bias: dict[Annotated[str, StringConstraints(pattern=r"^(0|[1-9][0-9]{0,8})$")], float] | None = Field(
+        None, max_length=_MOST_IDS
+    )
+    allowed_token_ids: list[TokenId] | None = Field(None, min_length=1, max_length=_MOST_IDS)
     stop: Text | list[Text] | None = None
     stop_token_ids: list[TokenId] | None = Field(None, max_length=128)
     ignore_eos: bool | None = None
@@ -99,7 +104,9 @@ class Sampling(Strict):
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    draft_length: int | None = Field(None, ge=0, le=64, description="Tokens to draft a step; 0: plain decoding")
+    draft_length: int | None = Field(
+        None, ge=0, le=_LONGEST_DRAFT, description="Tokens to draft a step; 0: plain decoding"
+    )
     metrics: bool | None = Field(None, description="Report what speculation did for this request")
     return_token_ids: bool | None = Field(None, description="Every choice says which tokens it is made of")
     return_tokens_as_token_ids: bool | None = Field(None, description="Log-probs name tokens as token_id:7")

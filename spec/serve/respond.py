@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from spec.serve.protocol import Sampling
 
 T = TypeVar("T")
+_LAST_SECONDS = 5.0  # for a client to take the end of its stream
 
 
 class ClientGone(Exception):
@@ -95,14 +96,29 @@ class _Stream(Response):
             async for chunk in self._chunks:
                 await line(json.dumps(chunk, ensure_ascii=False))
 
+        async def end(*last: str) -> None:
+            for data in (*last, "[DONE]"):
+                await line(data)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
         try:
             await _in_time(all_chunks(), self._limit_s)
-            _note(self._notes, [r for r in self._job.results if r is not None], self._log_text)
         except ApiError as error:
+            self._job.cancel()  # first: a client that reads nothing may hold up what is written now
             self._notes["error"] = error.message
-            await line(json.dumps(error.body()))
-        await line("[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await _written(end(json.dumps(error.body())))
+        else:
+            _note(self._notes, [r for r in self._job.results if r is not None], self._log_text)
+            await _written(end())
+
+
+async def _written(last: Coroutine[Any, Any, None]) -> None:
+    """Raises ClientGone where the client does not take it."""
+    try:
+        async with asyncio.timeout(_LAST_SECONDS):
+            await last
+    except TimeoutError:
+        raise ClientGone from None
 
 
 async def _chunks(job: Job, answer: Answer, head: Head, body: Sampling) -> AsyncIterator[Json]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spec import loading
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from spec.serve.worker import Worker
     from spec.verify import Mode
 
-_IPV6 = "["  # what starlette makes of the Host header [::1]:8000
+_GOODBYE = 3  # seconds for requests that the drain's end cuts short to be told so
 _MOST_CHOICES = 128  # of one call
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -51,10 +53,15 @@ def serve(options: Namespace, listener: socket.socket) -> int:
             if not self.should_exit:
                 _announce(service, listener)
 
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            late = asyncio.get_running_loop().call_later(options.drain_timeout, service.worker.cancel_all)
+            await super().shutdown(sockets)
+            late.cancel()
+
     server = Server(
         uvicorn.Config(
             make_app(service), log_level="warning", access_log=False, server_header=False, ws="none",
-            timeout_graceful_shutdown=options.drain_timeout,
+            timeout_graceful_shutdown=options.drain_timeout + _GOODBYE,
         )
     )  # fmt: skip
     service.draining = lambda: server.should_exit
@@ -88,9 +95,10 @@ def make_service(options: Namespace) -> Service:
         mode=options.mode, max_running=options.max_running, shares_target=True,  # with checks and audits
     )  # fmt: skip
     name = model_name(options)
-    metrics = Metrics(name, lambda: engine.load)
+    metrics = Metrics(name, lambda: engine.load, lambda: parts.target.cache_usage)
     worker = Worker(
-        engine, max_running=options.max_running, max_waiting=options.max_waiting, on_result=metrics.observe
+        engine, max_running=options.max_running, max_waiting=options.max_waiting, on_result=metrics.observe,
+        on_gap=metrics.gap,
     )  # fmt: skip
     log = RequestLog(options.log_text)
     if options.audit_share:
@@ -108,7 +116,7 @@ def make_service(options: Namespace) -> Service:
         drafts=Drafts(
             worker,
             Loaded(options.draft, drafter, options.draft_length),
-            parts.open_drafter,
+            parts.open_candidate,
             partial(parts.checks, audit_tokens=options.audit_at_start),
             metrics.swapped,
         ),
@@ -126,12 +134,21 @@ class _Parts:
     models: loading.ModelOptions
     drafting: loading.DrafterOptions
     mode: Mode
+    hub_drafts: frozenset[str]  # that may be swapped in
 
     def open_drafter(self, name: str | None) -> Drafter | None:
         """Raises ValueError or OSError with the remedy."""
-        if name is not None:
-            loading.check_names(self.target.name, name)
         return loading.open_drafter(name, self.target, self.tokenizer, self.models, self.drafting)
+
+    def open_candidate(self, name: str | None) -> Drafter | None:
+        """For a swap: whoever may do that may not make the server fetch things. Raises as :meth:`open_drafter`."""
+        loading.check_names(self.target.name, name)
+        for model in loading.draft_models(name):
+            if not Path(model).is_dir() and model not in self.hub_drafts:
+                raise ValueError(
+                    f"'{model}' is no directory on the server's machine: name a hub id with --allowed-draft at start"
+                )
+        return self.open_drafter(name)
 
     def tested_drafter(self, name: str | None, audit_tokens: int = 0) -> Drafter | None:
         """The start-up self-test, of the target too. Raises ValueError where it fails."""
@@ -169,7 +186,8 @@ def load(options: Namespace) -> _Parts:
     models = loading.ModelOptions(options.dtype, options.device, options.cache_tokens)
     target = loading.open_target(options.target, models, options.quantization)
     drafting = loading.DrafterOptions(options.drafting, options.draft_quantization)
-    return _Parts(target, tokenizer, models, drafting, options.mode)
+    allowed = frozenset((*options.allowed_draft, *loading.draft_models(options.draft)))
+    return _Parts(target, tokenizer, models, drafting, options.mode, allowed)
 
 
 def _audit_live(worker: Worker, share: float, metrics: Metrics, log: RequestLog) -> None:
@@ -200,10 +218,10 @@ def _policy(options: Namespace) -> Policy:
 
     local = options.host in _LOOPBACK
     return Policy(
-        keys=Keys(options.api_key, options.admin_key or options.api_key),
+        keys=Keys(options.api_key, options.admin_key),
         cors_origins=tuple(options.cors_origin),
         # A page of another site must not reach a local server under a name of its own (DNS rebinding).
-        hosts=tuple(options.allowed_host) or ((*_LOOPBACK, _IPV6) if local else ()),
+        hosts=tuple(options.allowed_host) or ((*_LOOPBACK, "[::1]") if local else ()),
         most_bytes=options.max_body,
         request_seconds=options.request_timeout,
     )

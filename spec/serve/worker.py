@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -45,6 +46,7 @@ class Job:
         self.results: list[Result | None] = [None] * len(requests)
         self.loop = asyncio.get_running_loop()
         self.ids: list[int] = []  # in the engine; only its thread reads and writes them
+        self.spoke: dict[tuple[int, int], float] = {}  # (request, sample) -> the step that gave it tokens last
         self.watchers: list[Watcher] = []  # of each request: who else is told of its result
         self._worker = worker
         self._items: asyncio.Queue[Sequence[Item] | Exception] = asyncio.Queue()
@@ -88,6 +90,7 @@ class Worker:
     Args:
         max_waiting: samples that may wait behind those that run; more are refused with :class:`Busy`.
         on_result: told of every result, in the engine's thread.
+        on_gap: told of the seconds between two steps that gave a streamed sample tokens, in the engine's thread.
         on_failure: told, in the engine's thread, that the engine failed; every job has been told before.
 
     ``on_arrival`` may be set before the start: shown every request in the order in which the engine gets them, with
@@ -101,18 +104,20 @@ class Worker:
         max_running: int,
         max_waiting: int,
         on_result: Callable[[Result], None] = lambda result: None,
+        on_gap: Callable[[float], None] = lambda seconds: None,
         on_failure: Callable[[BaseException], None] = lambda error: None,
     ):
         self.engine = engine
         self.failure: BaseException | None = None
         self._most = max_running + max_waiting
         self._max_running = max_running
-        self._on_result, self.on_failure = on_result, on_failure
+        self._on_result, self._on_gap, self.on_failure = on_result, on_gap, on_failure
         self.on_arrival: Callable[[Request, bool], Watcher] = lambda request, clients_seed: lambda result: None
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._jobs: set[Job] = set()  # in the engine; only its thread changes it
         self._outbox: dict[Job, list[Item]] = {}
         self._samples, self._lock = 0, threading.Lock()  # submitted and not ended
+        self._now = 0.0  # at the beginning of this step
         self._seconds = 1.0  # that a request takes, a running mean for Retry-After
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -148,6 +153,10 @@ class Worker:
         if not job.ended:
             self._commands.put(partial(self._cancel, job))
 
+    def cancel_all(self) -> None:
+        """Ends what runs and waits; whoever waits for it is told. From any thread."""
+        self._commands.put(self._cancel_all)
+
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Runs ``function(engine)`` between steps, in the engine's thread; its outcome, EngineFailed without an engine.
 
@@ -167,6 +176,7 @@ class Worker:
         try:
             while not self._stopping:
                 self._take_commands()
+                self._now = time.perf_counter()
                 if self.engine.busy:
                     self.engine.step()
                 self._deliver()
@@ -208,8 +218,17 @@ class Worker:
         for id in job.ids:
             self.engine.cancel(id)
 
+    def _cancel_all(self) -> None:
+        for job in self._jobs:
+            self._cancel(job)
+
     def _token(self, job: Job, index: int, event: Event) -> None:
         self._outbox.setdefault(job, []).append((index, event))
+        spoke, key = job.spoke, (index, event.sample)
+        if event.token_id is not None and spoke.get(key) != self._now:
+            if key in spoke:
+                self._on_gap(self._now - spoke[key])
+            spoke[key] = self._now
 
     def _done(self, job: Job, index: int, result: Result) -> None:
         self._outbox.setdefault(job, []).append((index, result))
