@@ -61,9 +61,9 @@ class Engine:
         prefill_tokens: prompt tokens a step, so that long prompts do not hold up those who decode.
         logprobs: of which law reported log-probs are, ``raw`` or ``processed``: see :func:`spec.rows.logprobs`.
         end_tokens: what ends a text unless a request says otherwise; by default the target's and the tokenizer's.
-
         shares_target: others open slots of the target too, and give them back: a sequence without room waits for that,
             though nothing runs here. It must fit into an empty cache.
+
     Raises ValueError for a setting outside its range.
     """
 
@@ -79,8 +79,8 @@ class Engine:
         prefill_tokens: int = 512,
         logprobs: LogprobSource = "raw",
         end_tokens: Sequence[int] | None = None,
-    ):
         shares_target: bool = False,
+    ):
         for name, value in (("max_running", max_running), ("prefill_tokens", prefill_tokens)):
             if value < 1:
                 raise ValueError(f"{name}={value}: must be at least 1")
@@ -92,7 +92,7 @@ class Engine:
                 raise ValueError(f"{name}={choice!r}: choose {' or '.join(choices)}")
         self.target, self.drafter, self.tokenizer, self.mode = target, drafter, tokenizer, mode
         self._logprobs: LogprobSource = logprobs
-        self._end_tokens = frozenset(_end_tokens(target, tokenizer) if end_tokens is None else end_tokens)
+        self._end_tokens = frozenset(ending_tokens(target, tokenizer) if end_tokens is None else end_tokens)
         self._proposer = Proposer(drafter, _policy(draft_length), target.device)
         self._scheduler = Scheduler(target, drafter, max_running, prefill_tokens, shares_target)
         self._tasks: dict[int, Task] = {}
@@ -285,6 +285,7 @@ def _policy(draft_length: DraftLength | int) -> DraftLength:
     return Fixed(draft_length)
 
 
-def _end_tokens(target: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
-    own = [] if tokenizer is None or tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return [*target.end_tokens, *own]
+def ending_tokens(target: LanguageModel, tokenizer: PreTrainedTokenizerBase | None) -> frozenset[int]:
+    """What ends a text unless a request says otherwise: the target's end tokens and the tokenizer's."""
+    own = () if tokenizer is None or tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
+    return frozenset((*target.end_tokens, *own))

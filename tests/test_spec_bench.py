@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,20 +15,22 @@ import pytest
 import torch
 
 from spec.bench import figures
-from spec.bench.cli import main
+from spec.bench.cli import main, make_parser, plan_of, prepare
 from spec.bench.costs import Costs, non_decreasing
 from spec.bench.counting import Step, Text, write
 from spec.bench.plan import SERVED, Plan, Served, Setting, grid
 from spec.bench.prompts import Prompt, conversation, load_prompts, mixed, read_rows
 from spec.bench.replay import Expected, Replay, Trial, first_rates, trials
-from spec.bench.run import ARGMAX, DRAWN, choose
+from spec.bench.results import results
+from spec.bench.run import ARGMAX, DRAWN, Drafters, choose, measure
 from spec.drafters.base import Drafter
 from spec.drafters.model import ModelDrafter
 from spec.drafters.ngram import NgramDrafter
+from spec.models.base import Step as ModelStep
 from spec.sampling import processed_probs
 from spec.verify import Drafts, laws, length_law
 from tests.conftest import make_model
-from tests.spec_models import TableModel, random_logits
+from tests.spec_models import Logits, TableModel, random_logits
 
 PLAN = Plan((Setting(1.0, 1.0),), draft_length=3, longest=5, max_tokens=24, rollouts=10_000)
 
@@ -259,6 +262,62 @@ def test_the_whole_program(models, tmp_path, capsys) -> None:
     assert not [a for _, attrs in page.tags for a in attrs if a in ("src", "href")]
     printed = capsys.readouterr().out
     assert "Expected acceptance" in printed and "cost ratio" in printed
+
+
+def test_both_ways_of_drafting_share_one_draft_model(models, tmp_path) -> None:
+    """Its cache too: no slot of one is written by the other, and the model is loaded once."""
+    options = ("--target", models[0], "--draft", models[1], "--data", data(tmp_path), "--dtype", "float32")
+    parsed = make_parser().parse_args([str(option) for option in options])
+    target, drafters, asked, ends = prepare(parsed, plan_of(parsed))
+    drawn, argmax = drafters.drawn, drafters.argmax
+    assert isinstance(drawn, ModelDrafter) and isinstance(argmax, ModelDrafter) and drawn.model is argmax.model
+    assert target.end_tokens and set(target.end_tokens) <= ends
+    settings = replace(PLAN, max_tokens=8)
+    texts = write(target, drawn, asked.prompts, settings.settings[0], settings, ends)
+
+    def tried(named: dict[str, Drafter]) -> dict[str, list[Trial]]:
+        replay = Replay(target, named, settings.settings[0], longest=5, max_tokens=8, end_tokens=ends)
+        (first, *_) = replay.run(texts, choose(texts, 100, 0))
+        return first.trials
+
+    both = tried({DRAWN: drawn, ARGMAX: argmax})
+    for name, drafter in ((DRAWN, drawn), (ARGMAX, argmax)):
+        for mine, other in zip(tried({name: drafter})[name], both[name], strict=True):
+            np.testing.assert_allclose(mine.token, other.token, atol=1e-4)
+
+
+class Timed(TableModel):
+    """Takes as long on the test's clock as it is told to: to begin with, and for every new token."""
+
+    now = 0.0
+
+    def __init__(self, logits: Logits, vocabulary: int, seconds: float, a_token: float):
+        super().__init__(logits, vocabulary)
+        self.seconds, self.a_token = seconds, a_token
+
+    def forward(self, step: ModelStep) -> torch.Tensor:
+        Timed.now += self.seconds + self.a_token * len(step.token_ids)
+        return super().forward(step)
+
+
+@pytest.mark.parametrize("served", ["greedy", "block"])
+def test_predicted_and_measured_speed_agree(served: Served, monkeypatch) -> None:
+    """On a clock that the models alone move: costs are theirs, and what they promise is what the engine reaches."""
+    monkeypatch.setattr(time, "perf_counter", lambda: Timed.now)
+    own, other = random_logits(12, 1), random_logits(12, 2)
+    target = Timed(own, 12, 0.010, 0.001)
+    draft = Timed(lambda text: 0.9 * own(text) + 0.3 * other(text), 12, 0.002, 0.0)
+    plan = replace(PLAN, served=served, max_tokens=40, draft_length=2, longest=3, speed_prompts=40, cost_rounds=3)
+    drafters = Drafters(ModelDrafter(draft, target), ModelDrafter(draft, target, drafting="greedy"))
+    found = results(measure(target, drafters, prompts(40, 12), plan, frozenset()), plan, [])
+    (speed,), (lengths,) = found["speedup"], found["draft_lengths"]
+    assert [at["target_s"] for at in lengths["lengths"]] == pytest.approx([0.011, 0.012, 0.013, 0.014])
+    assert [at["draft_s"] for at in lengths["lengths"]] == pytest.approx([0.0, 0.002, 0.004, 0.006])
+    assert speed["plain_tok_s"] == pytest.approx(1 / 0.011)
+    tokens = lengths["lengths"][2]["tokens_per_step"]
+    assert 1.3 < tokens < 2.9
+    assert speed["predicted"] == pytest.approx(tokens * 0.011 / (0.013 + 0.004))
+    assert speed["measured"] == pytest.approx(speed["predicted"], rel=0.05)  # a text's last step drafts less
 
 
 def test_same_seed_same_figures(models, tmp_path) -> None:

@@ -123,6 +123,7 @@ def prepare(options: argparse.Namespace, plan: Plan) -> tuple[LanguageModel, Dra
     from spec.allocator import keep_freed_memory
     from spec.bench.prompts import load_prompts, read_rows
     from spec.bench.run import Drafters
+    from spec.engine import ending_tokens
 
     keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
@@ -140,15 +141,11 @@ def prepare(options: argparse.Namespace, plan: Plan) -> tuple[LanguageModel, Dra
         rows, options.data, tokenizer, limit=limit, count=options.prompts or None,
         seed=options.seed,
     )  # fmt: skip
-    drawn, argmax = (
-        loading.open_drafter(
-            options.draft, target, tokenizer, models, loading.DrafterOptions(drafting, options.draft_quantization)
-        )
-        for drafting in ("probabilistic", "greedy")
+    drawn, argmax = loading.open_drafters(
+        options.draft, target, tokenizer, models, options.draft_quantization, ("probabilistic", "greedy")
     )
-    assert drawn is not None
-    ends = {*target.end_tokens, *([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])}
-    return target, Drafters(drawn, None if options.draft in loading.LOOKUPS else argmax), prompts, frozenset(ends)
+    drafters = Drafters(drawn, None if options.draft in loading.LOOKUPS else argmax)
+    return target, drafters, prompts, ending_tokens(target, tokenizer)
 
 
 @contextlib.contextmanager
