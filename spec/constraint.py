@@ -2,11 +2,14 @@
 
 Which tokens may come next is a function of the text so far. So p' proportional to p times that mask is a target like
 any other, and verification against p' is exact with masked rows alone: a forbidden draft has p' = 0 and is rejected. A
-draft model masks its rows too, which no law needs, but whose drafts would be forbidden otherwise. The rows behind a
+draft model's rows are masked too: the law does not need it, but drafts that are forbidden are of no use. The rows behind a
 forbidden draft, or behind the end, are never come to; any mask will do there, and they have none.
 
 Which texts match, and the masks, are llguidance's affair (https://github.com/guidance-ai/llguidance). Where a grammar
 forces the next bytes, its mask leaves the one token with which the tokenizer itself would write them.
+
+    grammars = Grammars(tokenizer, target.vocab_size, [tokenizer.eos_token_id])
+    engine.generate([Request(ids, grammar=grammars.json_schema({"type": "object"}))])
 
 Shape legend: K drafted tokens, V vocabulary of the target, padding included.
 """
@@ -25,9 +28,9 @@ from llguidance.hf import from_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LONGEST = 2**16  # characters of a grammar; a thousand properties are more, and as a mask of each would take too long
+_LONGEST = 2**16  # characters of a grammar, some hundred properties; masks of much longer ones would hold up a step
 _KEPT = 32  # compiled grammars; one that is used a lot grows to some megabytes
-# The others are llguidance's own: at most 20 ms for the lexer of a grammar, and for each mask.
+# The other limits are llguidance's own: some 20 ms for the lexer of a grammar, and for each mask.
 _LIMITS = LLParserLimits(max_lexer_states=20_000, max_grammar_size=100_000, verbose_errors=False)
 
 

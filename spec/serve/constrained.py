@@ -34,7 +34,7 @@ class JsonSchema(_Part):
 
     name: str | None = None
     description: str | None = None
-    schema_: Schema = Field(alias="schema")
+    schema_: Schema | None = Field(None, alias="schema")
     strict: bool | None = None
 
 
@@ -44,7 +44,8 @@ class ResponseFormat(_Part):
 
     @model_validator(mode="after")
     def _together(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
+        schema = None if self.json_schema is None else self.json_schema.schema_
+        if (self.type == "json_schema") != (schema is not None):
             raise ValueError('a schema goes with {"type": "json_schema", "json_schema": {"name": ..., "schema": ...}}')
         return self
 
@@ -56,6 +57,14 @@ class StructuredOutputs(_Part):
     regex: str | None = None
     choice: list[str] | None = None
     json_object: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known(cls, data: Any) -> Any:
+        unknown = data.keys() - {"json", "json_object", "regex", "choice"} if isinstance(data, dict) else ()
+        if unknown:
+            raise ValueError(f"{min(unknown)} is not supported; use json, json_object, regex or choice")
+        return data
 
 
 def wanted(
@@ -78,8 +87,10 @@ def wanted(
 
 def _of_format(format: ResponseFormat | None) -> Iterator[Wanted]:
     if format is not None and format.type != "text":
-        schema = _ANY_OBJECT if format.json_schema is None else format.json_schema.schema_
-        yield Wanted("response_format", lambda grammars: grammars.json_schema(schema))
+        schema = None if format.json_schema is None else format.json_schema.schema_
+        yield Wanted(
+            "response_format", lambda grammars: grammars.json_schema(_ANY_OBJECT if schema is None else schema)
+        )
 
 
 def _of_parts(field: str, schema: Schema | str | None, regex: str | None, choice: list[str] | None) -> Iterator[Wanted]:
