@@ -2,7 +2,7 @@
 
 Which tokens may come next is a function of the text so far. So p' proportional to p times that mask is a target like
 any other, and verification against p' is exact with masked rows alone: a forbidden draft has p' = 0 and is rejected. A
-draft model's rows are masked too: the law does not need it, but drafts that are forbidden are of no use. The rows behind a
+draft model's rows are masked too: the law does not need it, but forbidden drafts are of no use. The rows behind a
 forbidden draft, or behind the end, are never come to; any mask will do there, and they have none.
 
 Which texts match, and the masks, are llguidance's affair (https://github.com/guidance-ai/llguidance). Where a grammar
