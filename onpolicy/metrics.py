@@ -34,10 +34,6 @@ class PhaseTimer:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    @property
-    def total(self) -> float:
-        return sum(self.seconds.values())
-
 
 class Means:
     """Means over all tokens of a step, whatever its batches: scalars are weighted by their batch's tokens."""

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 
 from onpolicy.config import OptimConfig, Schedule
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 LOWER_THE_RATE = "Lower optim.learning_rate (or warm_start.learning_rate) and continue with --resume"
 
@@ -33,30 +29,20 @@ def schedule_scale(step: int, total: int, warmup: int, schedule: Schedule, final
 
 
 class Optimization:
-    """AdamW over the trainable parameters. Gradients are summed over processes: losses carry the global denominator."""
+    """AdamW over the trainable parameters."""
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig, accelerator: Accelerator):
-        self.parameters = list(parameters)
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], config: OptimConfig):
+        self.parameters, self.config = list(parameters), config
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
 
-    def global_sum(self, value: float) -> float:
-        """Sum over all processes."""
-        if self.accelerator.num_processes == 1:
-            return value
-        return self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.accelerator.device)).item()
-
     def apply(self, learning_rate: float, where: str) -> float:
-        """Sum gradients over processes, clip, update, clear. Returns the norm before clipping.
+        """Clip the gradients, update, clear. Returns the norm before clipping.
 
-        Raises NonFiniteError, leaving the weights as they are, when a gradient is not finite.
+        They are those of the whole update (:meth:`onpolicy.processes.Processes.sum_gradients`). Raises
+        NonFiniteError, leaving the weights as they are, when a gradient is not finite.
         """
-        if self.accelerator.num_processes > 1:
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    parameter.grad = self.accelerator.reduce(parameter.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm).item()
         if not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)

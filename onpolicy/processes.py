@@ -61,12 +61,15 @@ class Processes:
             for parameter in parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
 
-    def complete_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Zeros where this process had nothing to learn from: every gradient is summed over all processes."""
+    def sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Every gradient becomes its sum over all processes: losses carry the denominator of the whole update.
+
+        Zeros where a process had nothing to learn from, so that all take part.
+        """
         if self.several:
             for parameter in parameters:
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(own)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -36,6 +36,7 @@ from onpolicy.teachers.panel import open_panel
 from onpolicy.trainer import Trainer
 from onpolicy.types import Source
 from onpolicy.updates import divergence_update, loss_temperature, make_update
+from spec.provenance import provenance
 
 if TYPE_CHECKING:
     from onpolicy.rollouts.base import Sampler
@@ -344,20 +345,27 @@ class Run:
             build(student, [samples], size=size)
 
     def summary(self) -> dict[str, Any]:
-        """What got better, how fast, at which memory."""
+        """What got better, how fast, at which memory, and what produced it."""
         state = self.trainer.state
-        throughput: dict[str, Any] = {}
-        for name, tokens in state.tokens.items():
-            seconds = {k.partition("/")[2]: v for k, v in state.seconds.items() if k.startswith(name + "/")}
-            throughput[name] = {
-                "completion_tokens": tokens,
-                "seconds": round(sum(seconds.values()), 3),
-                "tok_s": round(tokens / sum(seconds.values()), 1),
-                "seconds_by_phase": {phase: round(s, 3) for phase, s in seconds.items()},
-            }
         return {
             "seconds": round(self.trainer.elapsed(), 1),
             "peak_rss_gib": round(peak_rss_gib(), 2),
             "heldout": {label: {k: round(v, 5) for k, v in f.items()} for label, f in state.heldout.items()},
-            "throughput": throughput,
+            "throughput": {name: throughput(name, tokens, state.seconds) for name, tokens in state.tokens.items()},
+            "provenance": provenance(),
         }
+
+
+def throughput(stage: str, tokens: int, spent: dict[str, float]) -> dict[str, Any]:
+    """Seconds and completion tokens a second of a stage and of each of its phases; ``spent`` by "stage/phase".
+
+    A phase's rate counts all tokens the stage trained on: a warm start's are scored once for all epochs.
+    """
+    seconds = {key.partition("/")[2]: value for key, value in spent.items() if key.startswith(stage + "/")}
+    return {
+        "completion_tokens": tokens,
+        "seconds": round(sum(seconds.values()), 3),
+        "tok_s": round(tokens / sum(seconds.values()), 1),
+        "seconds_by_phase": {phase: round(value, 3) for phase, value in seconds.items()},
+        "tok_s_by_phase": {phase: round(tokens / value, 1) for phase, value in seconds.items() if value > 0},
+    }

@@ -44,7 +44,7 @@ class RunState:
     steps_done: int = 0  # of the whole run
     policy_version: int = 0  # optimizer updates done
     completion_tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase, on-policy stage
+    seconds: dict[str, float] = field(default_factory=dict)  # by "stage/phase"
     tokens: dict[str, int] = field(default_factory=dict)  # completion tokens by stage
     elapsed: float = 0.0  # wall-clock seconds up to the checkpoint, interruptions not counted
     heldout: dict[str, dict[str, float]] = field(default_factory=dict)  # "start", "after_warm_start", "end"
@@ -64,7 +64,7 @@ class Trainer:
         self.config, self.student, self.accelerator = config, student, accelerator
         self.processes = Processes(accelerator)
         self.store, self.progress = store, progress
-        self.optimization = Optimization(student.trainable().values(), config.optim, accelerator)
+        self.optimization = Optimization(student.trainable().values(), config.optim)
         self.state = RunState()
         self.started = time.perf_counter()
         self.lines: JsonLines | None = None
@@ -76,7 +76,11 @@ class Trainer:
         settings = stage.settings
         if self.state.step < settings.steps:
             self.progress.stage(f"{settings.name}: preparing", 0)
-            stage.begin(self.state.policy_version)
+            timer = PhaseTimer()
+            with timer(stage.begins_with or "start"):
+                stage.begin(self.state.policy_version)
+            if stage.begins_with is not None:
+                self._add_seconds(settings.name, timer)
         self.progress.stage(settings.name, settings.steps, self.state.step)
         while self.state.step < settings.steps:
             record = self.step(stage)
@@ -176,7 +180,7 @@ class Trainer:
             parity = ParityMeter.join(self.processes.gather([parity]))
             parity.check(self.config.rollouts.parity_bound, self.state.steps_done)
             figures |= parity.metrics()
-        self.processes.complete_gradients(self.optimization.parameters)
+        self.processes.sum_gradients(self.optimization.parameters)
         figures["grad_norm"] = self.optimization.apply(learning_rate, where)
         self.state.policy_version += 1
         figures |= Means.join(self.processes.gather([means])).result()
@@ -225,16 +229,17 @@ class Trainer:
         state.steps_done += 1
         state.completion_tokens += tokens
         state.tokens[name] = state.tokens.get(name, 0) + tokens
-        for phase, seconds in timer.seconds.items():
-            key = f"{name}/{phase}"
-            state.seconds[key] = state.seconds.get(key, 0.0) + seconds
+        self._add_seconds(name, timer)
         return {
             "step": state.steps_done, "stage": name, "policy_version": state.policy_version, **metrics,
             "rollouts": len(rollouts), "completion_tokens": tokens,
-            "truncated_share": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-            "mean_length": tokens / len(rollouts),
             "tok_s": rates(timer.seconds, tokens), "seconds": timer.seconds, "peak_rss_gib": peak_rss_gib(),
         }  # fmt: skip
+
+    def _add_seconds(self, stage: str, timer: PhaseTimer) -> None:
+        for phase, seconds in timer.seconds.items():
+            key = f"{stage}/{phase}"
+            self.state.seconds[key] = self.state.seconds.get(key, 0.0) + seconds
 
     def record(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl, the trackers, the progress bar."""

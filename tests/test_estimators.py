@@ -19,7 +19,7 @@ from torch.multiprocessing.spawn import spawn
 from onpolicy.losses.advantages import moments, returns_to_go, task_credit, whiten
 from onpolicy.losses.estimators import EstimatorOptions, policy_gradient, token_advantages
 from onpolicy.losses.importance import clipped_surrogate, importance_ratios, mask_ratios, ratio_metrics, truncate_ratios
-from onpolicy.losses.normalise import Normalisation, batch_count, mask_truncated
+from onpolicy.losses.normalise import Normalisation, batch_count
 from onpolicy.losses.rewards import (
     combine_teachers,
     expected_rewards,
@@ -184,12 +184,6 @@ def test_whitening() -> None:
     whole, parts = double(1, 2, 6, 0), (slice(0, 1), slice(1, 4))
     together = torch.stack([moments(whole[part], mask[part]) for part in parts]).sum(0)
     torch.testing.assert_close(whiten(whole[:1], mask[:1], batch_moments=together), white[:1])
-
-
-def test_truncated_rollouts_are_dropped() -> None:
-    mask = torch.tensor([True, False, True, True])
-    kept = mask_truncated(mask, ids(2, 1, 1), torch.tensor([True, False, True]))
-    assert kept.tolist() == [True, False, False, True]
 
 
 # --- closed forms over the vocabulary ---

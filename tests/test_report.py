@@ -75,7 +75,7 @@ def record(step: int, stage: str = "on_policy", parity: float | None = None, **m
         more["sync/logprob_abs_diff"] = parity
     return {
         "step": step, "stage": stage, "loss": 1.0 / step, "divergence": 2.0 / step, "reward": -0.5,
-        "mean_length": 20.0 + step, "truncated_share": 0.25, "completion_tokens": tokens, "seconds": seconds,
+        "health/length/mean": 20.0 + step, "health/truncated": 0.25, "completion_tokens": tokens, "seconds": seconds,
         "tok_s": {"step": tokens / 8.001} | {k: tokens / v for k, v in seconds.items()}, **more,
     }  # fmt: skip
 
@@ -189,7 +189,7 @@ def test_gaps_for_nan_and_missing_values_and_torn_lines(tmp_path: Path) -> None:
     rewards = [0.1, 0.2, math.nan, 0.4, 0.5, math.inf, 0.7]
     records = [record(s, reward=r) for s, r in enumerate(rewards, 1)]
     del records[4]["reward"]
-    records[0] |= {"tok_s": None, "seconds": None, "mean_length": "many"}
+    records[0] |= {"tok_s": None, "seconds": None, "health/length/mean": "many"}
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("\n".join(json.dumps(r) for r in records) + '\n{"step": 8, "rew')
     write_report(tmp_path / "report.html", metrics, {"heldout": {"end": {"reverse_kl": math.nan}}, "seconds": None})

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from onpolicy.config import OptimConfig
@@ -94,6 +93,24 @@ def test_a_run_leaves_what_it_promises(finished) -> None:
     assert summary["throughput"]["on_policy"]["completion_tokens"] == sum(
         r["completion_tokens"] for r in lines(finished) if r["stage"] == "on_policy"
     )
+
+
+def test_the_summary_says_how_fast_each_phase_was_and_what_produced_it(finished) -> None:
+    summary = json.loads((finished / "run" / "summary.json").read_text())
+    for stage, entry in summary["throughput"].items():
+        steps = [r for r in lines(finished) if r["stage"] == stage]
+        tokens = sum(r["completion_tokens"] for r in steps)
+        for phase, seconds in entry["seconds_by_phase"].items():
+            if seconds > 0.01:  # rounded to thousandths
+                assert entry["tok_s_by_phase"][phase] == pytest.approx(tokens / seconds, rel=0.1)
+        assert set(entry["tok_s_by_phase"]) == {"rollout", "score", "update", "sync"}
+        in_steps = sum(r["seconds"]["score"] for r in steps)
+        if stage == "warm_start":  # the teacher's scores were made before the first step
+            assert entry["seconds_by_phase"]["score"] > 2 * in_steps
+        else:
+            assert entry["seconds_by_phase"]["score"] == pytest.approx(in_steps, abs=2e-3)
+    produced = summary["provenance"]
+    assert "--name=run" in produced["argv"] and produced["versions"]["torch"] == torch.__version__
 
 
 def test_the_final_student_loads_and_is_the_trained_one(finished, teacher_dir) -> None:
@@ -421,7 +438,7 @@ def test_the_schedule_spans_the_updates_of_a_phase(tiny_settings, tmp_path) -> N
 
 def test_a_gradient_that_is_not_finite_changes_no_weight() -> None:
     parameter = torch.nn.Parameter(torch.ones(3))
-    optimization = Optimization([parameter], OptimConfig(), Accelerator(cpu=True))
+    optimization = Optimization([parameter], OptimConfig())
     parameter.grad = torch.tensor([1.0, float("inf"), 0.0])
     with pytest.raises(NonFiniteError, match="here: the gradient is.*Lower optim.learning_rate.*another --name"):
         optimization.apply(0.1, "here")

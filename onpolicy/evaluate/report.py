@@ -26,8 +26,8 @@ CHARTS = (
     ("reward", "Reward", "nats per token", False, "Mean of log π_T − log π_S on its tokens; 0 is a perfect match."),
     ("sync/logprob_abs_diff", "Sampler against trainer", "nats", True,
      "Mean difference of their log-probs of the sampler's tokens; beyond the bound the run stops."),
-    ("mean_length", "Completion length", "tokens", True, "Mean of the step's completions."),
-    ("truncated_share", "Truncated", "share", True, "Completions cut off at the token limit."),
+    ("health/length/mean", "Completion length", "tokens", True, "Mean of the step's completions."),
+    ("health/truncated", "Truncated", "share", True, "Completions cut off at the token limit."),
 )  # fmt: skip
 COUNTERS = ("step", "policy_version", "completion_tokens", "rollouts")  # logged every step, not worth a chart
 MIN_PHASE_SHARE = 0.02  # of a stage's time: the speed of a phase that takes less says nothing

@@ -39,12 +39,3 @@ def normalised_sum(
         lengths = segment_sums(mask.to(losses.dtype), sequence_ids, int(sequence_ids[-1]) + 1)
         losses = losses / lengths.clamp(min=1)[sequence_ids]
     return losses.sum() / denominator
-
-
-def mask_truncated(mask: Tensor, sequence_ids: Tensor, finished: Tensor) -> Tensor:
-    """[N] ``mask`` without the tokens of rollouts that hit the length limit; ``finished`` [B] bool.
-
-    Dropping them conditions on being short, which biases the gradient (docs/estimators.md): it is for rollouts that
-    degenerate, not for routine.
-    """
-    return mask & finished[sequence_ids]

@@ -33,6 +33,7 @@ class Stage(Protocol):
 
     settings: StageSettings
     update: Update
+    begins_with: str | None  # the phase that begin() is part of, None where it is only a start
 
     def begin(self, policy_version: int) -> None:
         """Called once, before the first of the remaining steps."""

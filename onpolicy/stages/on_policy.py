@@ -31,6 +31,8 @@ class OnPolicy:
     ``grade``, where there is one, gives every completion its task reward as it is drawn, before any guard cuts it.
     """
 
+    begins_with: str | None = None
+
     def __init__(
         self,
         student: Student,

@@ -24,6 +24,8 @@ class WarmStart:
     the same bits); the hidden states are kept, on the CPU, for all epochs: 2 bytes x tokens x hidden size.
     """
 
+    begins_with: str | None = "score"
+
     def __init__(
         self,
         rollouts: Sequence[Rollout],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -31,11 +30,6 @@ class Score:
 
         with torch.no_grad():
             return chunked_logprobs(self.hidden, self.head, token_ids, temperature=temperature)
-
-    def distributions(self, temperature: float, chunk_size: int = 64) -> Iterator[torch.Tensor]:
-        """Log-probabilities over the vocabulary, [<=chunk_size, V] float32 at a time, in token order."""
-        for hidden in self.hidden.split(chunk_size):
-            yield ((hidden @ self.head.T).float() / temperature).log_softmax(-1)
 
 
 @dataclass(frozen=True)
