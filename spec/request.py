@@ -131,6 +131,7 @@ class Event:
     sample: int  # index of the sample, in range(n)
     token_id: int | None
     from_draft: bool = False
+    drafted: int | None = None  # on the first token of a target step: how many tokens were drafted for that step
     text: str = ""  # what the token adds to the text; text that may yet become a stop string comes later, or never
     logprob: TokenLogprob | None = None
     finish_reason: FinishReason | None = None  # on the last event of the sample
@@ -161,6 +162,6 @@ class Result:
 
     request: Request
     completions: list[Completion]
-    seconds_to_first_token: float | None = None  # from add() to the first token of any sample
     seconds_queued: float | None = None  # from add() to the first slot of any sample
+    seconds_to_first_token: float | None = None  # from add() to the first token of any sample
     seconds: float = 0.0  # from add() to the end of the last sample

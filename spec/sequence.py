@@ -76,8 +76,11 @@ class Sample:
                 break
         self.context.round += 1
         self.completion.target_steps += 1
-        cut = len(events) <= accepted  # it ended within the drafts: the rest of them is counted nowhere
-        self._count(len(events) if cut else drafted, min(len(events), accepted))
+        if len(events) <= accepted:  # it ended within the drafts: the rest of them is counted nowhere
+            drafted = len(events)
+        self._count(drafted, min(len(events), accepted))
+        if events:
+            events[0] = replace(events[0], drafted=drafted)
         self.cached = len(self.context) - 1  # roll back: rejected tokens will be written over
         return events
 
@@ -114,7 +117,7 @@ class Sample:
         if reason is not None:
             text += self._held_text()
         completion.text += text
-        return Event(self.index, token, from_draft, text, logprob, reason)
+        return Event(self.index, token, from_draft, text=text, logprob=logprob, finish_reason=reason)
 
     def _held_text(self) -> str:
         """What was held back and is shown after all, because the text ends; a stop string in it is still obeyed."""
