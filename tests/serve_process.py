@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,17 @@ ROOT = Path(__file__).parents[1]
 
 
 class ServerProcess:
-    """Starts a server on a free port and waits until it is ready; its log lines are in ``lines``."""
+    """Starts a server on a free port and waits until it is ready; its log lines are in ``lines``.
 
-    def __init__(self, *arguments: object, env: dict[str, str] | None = None, wait_s: float = 120):
+    ``program``: what Python runs instead of ``-m spec.serve``.
+    """
+
+    def __init__(
+        self, *arguments: object, env: dict[str, str] | None = None, wait_s: float = 120,
+        program: Sequence[str] = ("-m", "spec.serve"),
+    ):  # fmt: skip
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "spec.serve", "--port", "0", *map(str, arguments)],
+            [sys.executable, *program, "--port", "0", *map(str, arguments)],
             cwd=ROOT, env={**os.environ, **(env or {})}, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         self.raw: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 
 import pytest
@@ -16,12 +16,13 @@ from spec.drafters.ngram import NgramDrafter
 from spec.engine import Engine
 from spec.params import Params
 from spec.request import Event, Request, Result
+from spec.serve import respond
 from spec.serve.drafts import Drafts, Loaded
 from spec.serve.errors import ApiError
 from spec.serve.respond import _in_time
 from spec.serve.selftest import check_drafter, check_greedy, greedy_check
 from spec.serve.slices import SelfTestFailed
-from spec.serve.worker import Busy, EngineFailed, Worker
+from spec.serve.worker import Busy, EngineFailed, Job, Worker
 from spec.verify import Mode
 from tests.enumerate_engine import Branches, Text, text_law
 from tests.spec_models import TableModel, random_logits
@@ -223,6 +224,36 @@ def test_calls_that_a_failing_engine_leaves_behind_end_too() -> None:
             await asyncio.wrap_future(worker.call(lambda engine: 3))
 
     serving(Engine(TableModel(random_logits(8, 1), 8)), program)
+
+
+def test_a_client_that_reads_nothing_holds_no_slots_past_the_limit(monkeypatch) -> None:
+    """Its buffers are full: nothing that is sent gets through. What it held is free, and nobody waits for long."""
+    monkeypatch.setattr(respond, "_LAST_SECONDS", 0.3)
+    model = TableModel(random_logits(8, 1), 8)
+    notes: dict[str, object] = {}
+
+    async def chunks(job: Job) -> AsyncIterator[dict[str, object]]:
+        async for _ in job.items():
+            yield {}
+
+    async def program(worker: Worker) -> None:
+        job = worker.submit([Request([1], max_tokens=9000)], stream=True)
+        stuck = asyncio.Event()
+
+        async def send(message: dict[str, object]) -> None:
+            if message["type"] == "http.response.body":
+                await stuck.wait()
+
+        stream = respond._Stream(job, chunks(job), 0.2, notes, False)
+        sending = asyncio.create_task(stream({}, stuck.wait, send))  # type: ignore[arg-type]
+        await asyncio.sleep(0.1)
+        assert model.held
+        await asyncio.sleep(0.2)  # past the limit, within the last seconds
+        assert not model.held and not sending.done()
+        await sending
+        assert notes["cancelled"] and "not done within" in str(notes["error"])
+
+    serving(Engine(model), program)
 
 
 @pytest.mark.parametrize(("raised", "status"), ((None, 408), (ValueError("x"), 400), (EngineFailed("x"), 500)))
