@@ -23,7 +23,7 @@ from onpolicy.models import check_shared_prompts, head_weight, load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
 from onpolicy.prepare import Prepared, engine_name, plain
-from onpolicy.processes import Processes
+from onpolicy.processes import Processes, is_first
 from onpolicy.rollouts.files import load_rollouts, save_rollouts
 from onpolicy.setting_checks import ignored_settings
 from onpolicy.stages import Stage, StageSettings
@@ -76,7 +76,7 @@ def _build(run: Run) -> None:
         run.build()
     except ValueError as error:
         config = run.directory / CONFIG
-        if config.exists() and list(run.directory.iterdir()) == [config]:
+        if is_first() and config.exists() and list(run.directory.iterdir()) == [config]:
             shutil.rmtree(run.directory)
         raise Refused(str(error)) from error
 

@@ -19,7 +19,8 @@ ON_POLICY = {"warm_start__num_prompts": 0, "evaluation__num_prompts": 0, "prompt
 CASES = {
     "warm start, gkd, evaluation": {"steps": 2, "optim__updates_per_step": 2},
     "policy gradient, uneven shares": ON_POLICY
-    | {"algorithm": "policy_gradient", "prompts_per_step": 3, "optim__normalize": "sequence"},
+    | {"algorithm": "policy_gradient", "prompts_per_step": 3, "optim__normalize": "sequence",
+       "policy_gradient__whitening": "mean_std"},
     "dataset's completions": ON_POLICY | {"gkd__lmbda": 0.5, "prompts_per_step": 5},
     "truncated completions dropped": ON_POLICY
     | {"health__drop_truncated": True, "sampling__max_tokens": 48, "prompts_per_step": 4, "optim__updates_per_step": 2,
