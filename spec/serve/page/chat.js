@@ -2,7 +2,8 @@
 
 const $ = (id) => document.getElementById(id);
 const AUTO = 0; // position of the draft-length slider that leaves the length to the server
-const history = [];
+let history = []; // of the chat that is shown; an answer keeps the one it was asked in
+const welcome = $("welcome");
 let model = null;
 let running = null; // AbortController of the answer that is being written
 
@@ -25,7 +26,9 @@ async function connect() {
     const card = (await response.json()).data[0];
     model = card.id;
     const { draft, draft_length } = card.draft;
-    $("model").textContent = draft ? `${model}, drafted for by ${draft} (length ${draft_length})` : `${model}, no draft`;
+    const name = draft?.split("/").slice(-2).join("/"); // of a path, what tells drafts apart
+    $("model").textContent = draft ? `${model}, drafted for by ${name} (length ${draft_length})` : `${model}, no draft`;
+    $("model").title = draft ?? "";
   } catch (error) {
     model = null;
     $("model").textContent = `not connected: ${error.message}`;
@@ -56,7 +59,7 @@ async function* chunks(response) {
 // ---------------------------------------------------------------- what is shown
 
 function show(who, text = "") {
-  $("welcome")?.remove();
+  welcome.remove();
   const message = document.createElement("div");
   message.className = `message ${who}`;
   message.dataset.who = { user: "You", assistant: "Model", error: "Error" }[who];
@@ -82,31 +85,38 @@ function append(message, text, fromDraft) {
 
 const percent = (part, whole) => (whole ? `${Math.round((100 * part) / whole)} %` : "–");
 
-function live(count) {
-  const seconds = (performance.now() - count.first) / 1000;
-  $("rate").textContent = count.tokens > 1 && seconds > 0 ? ((count.tokens - 1) / seconds).toFixed(1) : "–";
-  $("share").textContent = percent(count.drafted, count.tokens);
+/** What speculation did so far: tokens, drafted, accepted, target_steps. ``seconds`` since the first of its steps, which
+ * brought the ``burst`` of tokens that the rate leaves out. */
+function figures(count, burst, seconds) {
+  const after = count.tokens - burst;
+  $("rate").textContent = after > 0 && seconds > 0 ? (after / seconds).toFixed(1) : "–";
+  $("share").textContent = percent(count.accepted, count.tokens);
+  $("accepted").textContent = count.drafted ? `${percent(count.accepted, count.drafted)} of ${count.drafted}` : "no drafts";
+  $("per-step").textContent = count.target_steps ? (count.tokens / count.target_steps).toFixed(2) : "–";
 }
 
-function final(metrics) {
+function final(metrics, burst) {
   const choice = metrics.choices[0];
-  const seconds = metrics.seconds - metrics.seconds_to_first_token;
-  $("rate").textContent = choice.tokens > 1 && seconds > 0 ? ((choice.tokens - 1) / seconds).toFixed(1) : "–";
-  $("share").textContent = percent(choice.accepted, choice.tokens);
-  $("accepted").textContent = choice.drafted ? `${percent(choice.accepted, choice.drafted)} of ${choice.drafted}` : "no drafts";
-  $("per-step").textContent = metrics.tokens_per_target_step?.toFixed(2) ?? "–";
-  $("first").textContent = `${Math.round(1000 * metrics.seconds_to_first_token)} ms`;
+  figures(choice, burst, metrics.seconds - metrics.seconds_to_first_token);
   $("positions").replaceChildren(...choice.drafted_by_position.map((drafted, i) => {
     const item = document.createElement("li");
     const meter = document.createElement("meter");
     meter.max = drafted || 1;
     meter.value = choice.accepted_by_position[i];
     meter.title = `${choice.accepted_by_position[i]} of ${drafted}`;
+    meter.setAttribute("aria-label", `Accepted at position ${i + 1}: ${meter.title}`);
     item.append(`${i + 1}`, meter, percent(choice.accepted_by_position[i], drafted));
     return item;
   }));
   $("status").textContent =
     `Done: ${choice.tokens} tokens, ${$("rate").textContent} a second, ${percent(choice.accepted, choice.tokens)} from the draft`;
+}
+
+/** Nothing of the last answer may pass for the next one's. */
+function reset() {
+  for (const id of ["rate", "share", "accepted", "per-step", "first"]) $(id).textContent = "–";
+  $("positions").replaceChildren();
+  $("status").textContent = "";
 }
 
 function busy(now) {
@@ -118,47 +128,58 @@ function busy(now) {
 // ---------------------------------------------------------------- one answer
 
 async function ask(text) {
-  if (!model) await connect();
-  show("user", text);
-  history.push({ role: "user", content: text });
-  const message = show("assistant");
-  const count = { tokens: 0, drafted: 0, first: 0 };
-  running = new AbortController();
+  const mine = history;
+  const controller = new AbortController();
+  running = controller;
   busy(true);
+  reset();
+  show("user", text);
+  const message = show("assistant");
+  mine.push({ role: "user", content: text });
   let answer = "";
   try {
+    if (!model) await connect();
+    const sent = performance.now();
     const response = await fetch("/v1/chat/completions", {
       method: "POST",
       headers: headers(),
-      signal: running.signal,
+      signal: controller.signal,
       body: JSON.stringify({
-        model, messages: history, stream: true, metrics: true, temperature: Number($("temperature").value),
+        model, messages: mine, stream: true, metrics: true, temperature: Number($("temperature").value),
         max_completion_tokens: Number($("tokens").value) || 256, ...draftLength(),
       }),
     });
     if (!response.ok) throw new Error(await describe(response));
+    let [first, burst] = [0, 0];
     for await (const chunk of chunks(response)) {
+      if (controller.signal.aborted) break;
       if (chunk.error) throw new Error(chunk.error.message);
-      if (chunk.metrics) final(chunk.metrics);
+      if (chunk.metrics) final(chunk.metrics, burst);
       for (const choice of chunk.choices ?? []) {
-        count.first ||= performance.now();
-        count.tokens += 1;
-        count.drafted += choice.from_draft ? 1 : 0;
+        if (!first) {
+          first = performance.now();
+          $("first").textContent = `${Math.round(first - sent)} ms`;
+        }
         const piece = choice.delta.content ?? "";
         if (piece) append(message, piece, choice.from_draft);
         answer += piece;
-        live(count);
+        if (choice.so_far.target_steps === 1) burst = choice.so_far.tokens;
+        figures(choice.so_far, burst, (performance.now() - first) / 1000);
       }
     }
   } catch (error) {
-    if (error.name !== "AbortError") show("error", error.message);
+    if (!controller.signal.aborted) show("error", error.message);
   } finally {
-    running = null;
-    busy(false);
-    if (answer) history.push({ role: "assistant", content: answer });
-    else { history.pop(); message.remove(); }
-    $("prompt").focus();
+    if (answer) mine.push({ role: "assistant", content: answer });
+    else { mine.pop(); message.remove(); }
+    if (running === controller) idle();
   }
+}
+
+function idle() {
+  running = null;
+  busy(false);
+  $("prompt").focus();
 }
 
 // ---------------------------------------------------------------- wiring
@@ -180,9 +201,10 @@ document.addEventListener("keydown", (event) => event.key === "Escape" && runnin
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   running?.abort();
-  history.length = 0;
-  $("log").replaceChildren();
-  $("prompt").focus();
+  history = [];
+  $("log").replaceChildren(welcome);
+  reset();
+  idle();
 });
 $("key").addEventListener("change", connect);
 $("temperature").addEventListener("input", () => {
