@@ -189,7 +189,8 @@ def answers(model: type[BaseModel], *errors: int, stream: bool = False) -> dict[
     """For ``responses=`` of a path: what it answers if all is well, and the errors it may answer."""
     well: dict[str, Any] = {"model": model}
     if stream:
-        well["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        well["content"] = {"text/event-stream": {"schema": event}}  # data: a chunk as JSON, an error, or [DONE]
     declared: dict[int | str, dict[str, Any]] = {
         status: {"model": Error, "description": _ERRORS[status]} for status in errors
     }
