@@ -136,8 +136,13 @@ def row_options(
             )
     if any(row.logit_bias for row in params):
         bias = torch.zeros(len(params), vocabulary)
+        alike: dict[int, list[int]] = {}  # rows of one request share the very mapping
         for i, row in enumerate(params):
-            bias[i, list(row.logit_bias)] = torch.tensor(list(row.logit_bias.values()), dtype=torch.float32)
+            if row.logit_bias:
+                alike.setdefault(id(row.logit_bias), []).append(i)
+        for rows in alike.values():
+            of = params[rows[0]].logit_bias
+            bias[torch.tensor(rows)[:, None], list(of)] = torch.tensor(list(of.values()), dtype=torch.float32)
         options["logit_bias"] = bias.to(device)
     if any(row.allowed_token_ids is not None for row in params):
         allowed = torch.ones(len(params), vocabulary, dtype=torch.bool)

@@ -177,20 +177,21 @@ def scaled_top(scores: Tensor, temperature: float | Tensor) -> Tensor:
 def _shaped(scores: Tensor, settings: _Settings, backend: Backend, log: bool) -> Tensor:
     """Steps 4 to 8, [*, V] -> [*, V]; on a CPU a few rows at a time, so that they stay in its cache."""
     rows, vocabulary = scores.shape[:-1], scores.shape[-1]
-    if scores.device.type != "cpu" or rows.numel() <= _CACHED or (scores.requires_grad and torch.is_grad_enabled()):
+    cached = max(1, _CACHED // vocabulary)
+    if scores.device.type != "cpu" or rows.numel() <= cached or (scores.requires_grad and torch.is_grad_enabled()):
         return _shaped_rows(scores, settings, backend, log)
     flat = scores.reshape(-1, vocabulary)
     expanded = [x.expand(rows).reshape(-1) if isinstance(x, Tensor) else x for x in settings]
     out = torch.empty(flat.shape, dtype=scores.dtype)
-    for start in range(0, len(flat), _CACHED):
-        few = slice(start, start + _CACHED)
+    for start in range(0, len(flat), cached):
+        few = slice(start, start + cached)
         temperature, top_k, top_p, min_p = (x[few] if isinstance(x, Tensor) else x for x in expanded)
         out[few] = _shaped_rows(flat[few], (temperature, top_k, top_p, min_p), backend, log)
     return out.reshape(scores.shape)
 
 
 _Settings = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]  # temperature, top_k, top_p, min_p
-_CACHED = 4  # rows
+_CACHED = 4 * 49152  # logits
 
 
 def _shaped_rows(scores: Tensor, settings: _Settings, backend: Backend, log: bool) -> Tensor:
