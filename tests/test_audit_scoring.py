@@ -84,8 +84,9 @@ def every_token(params: Params, at: int = 2) -> tuple[Rows, torch.Tensor, torch.
     said = SAID[:at]
     logits = torch.from_numpy(random_logits(V, 0)((*PROMPT, *said))).repeat(V, 1)
     rows = Rows(
-        logits, [params] * V, [PROMPT] * V, [said] * V, torch.arange(V), torch.full((V,), said[-1]), torch.full((V,), 4)
-    )
+        logits, [params] * V, [PROMPT] * V, [said] * V, torch.arange(V), torch.full((V,), said[-1]),
+        torch.full((V,), 4), torch.tensor([[4, 1, 1, -1]]).repeat(V, 1),
+    )  # fmt: skip
     q = torch.from_numpy(law_by_hand(params, 1, said)).repeat(V, 1)
     return rows, target_law(rows), q, torch.from_numpy(law_by_hand(params, 0, said[:-1]))
 
@@ -99,7 +100,7 @@ def test_every_named_law_is_a_law(params: Params) -> None:
     for x in range(V):
         one = Rows(
             rows.logits[x:][:1], rows.params[:1], rows.prompts[:1], rows.outputs[:1], rows.tokens[x:][:1],
-            rows.previous[x:][:1], rows.twins[x:][:1],
+            rows.previous[x:][:1], rows.twins[x:][:1], rows.recent[x:][:1] if rows.recent is not None else None,
         )  # fmt: skip
         names |= {name for name, _ in named_ratios(one, p[:1], q[:1], p[0])}
     for name, ratio in named_ratios(rows, p, q, p[0].clone()):

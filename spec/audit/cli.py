@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spec import loading
 
@@ -100,13 +100,16 @@ def _show(verdict: Verdict, options: argparse.Namespace) -> int:
 
 
 def _mutants(options: argparse.Namespace) -> int:
-    """The table of :mod:`spec.audit.mutants`, one audit each; status 3 if one is missed that moves 1 % or more."""
-    from spec.audit.trial import try_all
+    """The table of :mod:`spec.audit.mutants`, one audit each; status 3 if one is missed that moves 1 % or more, or if a
+    right engine is called different.
+    """
+    from spec.audit.trial import ENGINES, HEADER, line, missed, try_all
 
-    found = try_all(seeds=1, tokens=min(options.max_tokens_audited, 20_000), delta=options.delta)
-    for name, row in found.items():
-        print(f"{name:28} {row}")
+    print(HEADER)
+    found: dict[str, dict[str, Any]] = {}
+    for name in ENGINES:
+        found |= try_all([name], seeds=1, tokens=min(options.max_tokens_audited, 20_000), delta=options.delta)
+        print(line(name, found[name]), flush=True)
     if options.json:
         Path(options.json).write_text(json.dumps(found, indent=2) + "\n")
-    missed = [n for n, row in found.items() if row["distance"] >= 0.01 and row["detected"] < 1 and n != "correct"]
-    return 3 if missed else 0
+    return 3 if missed(found) else 0

@@ -179,7 +179,7 @@ class Evidence:
 
 
 _LOOKS = 1024  # kept of the path
-_FAMILIES = 20  # at most, of named laws and of shapes
+_FAMILIES = 24  # at most, of named laws and of shapes
 
 
 def _named_bets(scored: Scored, eta: float) -> Iterator[tuple[str, Bets]]:

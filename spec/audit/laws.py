@@ -21,6 +21,7 @@ from spec.sampling import adjusted_logits, processed_probs
 
 # Temperature times so much. A finer grid near 1 costs prior weight and gains little: bets overlap.
 TEMPERATURE_FACTORS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 16.0)
+RECENT = 8  # tokens: some two blocks
 _HOT = 50.0
 _NEUTRAL: dict[str, Any] = {
     "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "logit_bias": {}, "allowed_token_ids": None,
@@ -39,6 +40,7 @@ class Rows:
     tokens: Tensor  # [n] int64 what the engine said
     previous: Tensor  # [n] int64 the token before, -1 at the start of a completion
     twins: Tensor  # [n] int64 what an earlier answer to the same request said there, -1: none, or it has diverged
+    recent: Tensor | None = None  # [n, RECENT] int64 the tokens before, newest first, -1 before the start
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,13 @@ class Ratio:
 
     log_ratio: Tensor  # [n] log m(x) - log p(x); log m(x) alone where x is outside S
     outside: Tensor  # [n] m's mass outside S
+
+
+def changed(params: Sequence[Params], **fields: Any) -> list[Params]:
+    """Each with these fields, made once for all rows of a request: they share their parameters."""
+    made = {id(one): one for one in params}
+    made = {key: replace(one, **fields) for key, one in made.items()}
+    return [made[id(one)] for one in params]
 
 
 def target_law(rows: Rows, params: Sequence[Params] | None = None, lag: int = 0) -> Tensor:
@@ -69,6 +78,8 @@ def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -
     yield "previous row's law", ratio(_shifted(p, last, rows.previous), p, rows.tokens)
     yield "greedy verification", _one_hot(p.argmax(-1), p, rows.tokens, chosen)
     yield "previous token again", _one_hot(rows.previous, p, rows.tokens, chosen)
+    if rows.recent is not None:
+        yield "a recent token again", _again(rows.recent, p, rows.tokens)
     yield "seed reuse", _one_hot(rows.twins, p, rows.tokens, chosen)
     yield "uniform noise", _uniform(p, chosen)
     if q is not None:
@@ -99,7 +110,7 @@ def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
         users = [i for i, row in enumerate(rows.params) if getattr(row, name) != neutral]
         if users:
             some = _only(rows, users)
-            law = target_law(some, [replace(row, **{name: neutral}) for row in some.params])
+            law = target_law(some, changed(some.params, **{name: neutral}))
             yield (
                 "temperature ignored" if name == "temperature" else f"{name} dropped",
                 _spread(ratio(law, p[users], some.tokens), users, len(p)),
@@ -108,7 +119,7 @@ def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
     if users:
         some = _only(rows, users)
         for name, law in (
-            ("penalties dropped", target_law(some, [replace(row, **NO_PENALTIES) for row in some.params])),
+            ("penalties dropped", target_law(some, changed(some.params, **NO_PENALTIES))),
             ("penalties one token late", target_law(some, lag=1)),
         ):
             yield name, _spread(ratio(law, p[users], some.tokens), users, len(p))
@@ -116,7 +127,7 @@ def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
 
 def _garbage(rows: Rows, p: Tensor) -> Tensor:
     """[n, V] a temperature that is either far too low or far too high, as uninitialised memory has it."""
-    hot = target_law(rows, [replace(row, temperature=_HOT) for row in rows.params])
+    hot = target_law(rows, changed(rows.params, temperature=_HOT))
     return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
 
 
@@ -129,6 +140,7 @@ def _only(rows: Rows, chosen: list[int]) -> Rows:
         rows.tokens[chosen],
         rows.previous[chosen],
         rows.twins[chosen],
+        None if rows.recent is None else rows.recent[chosen],
     )
 
 
@@ -151,6 +163,15 @@ def _one_hot(ids: Tensor, p: Tensor, tokens: Tensor, chosen: Tensor) -> Ratio:
     hit = torch.where(ids == tokens, -_log_or_zero(chosen), -math.inf)
     outside = torch.where(none | (at_tokens(p, ids.clamp(min=0)) > 0), 0.0, 1.0)
     return Ratio(torch.where(none, 0.0, hit), outside.to(p.dtype))
+
+
+def _again(recent: Tensor, p: Tensor, tokens: Tensor) -> Ratio:
+    """p given that the token is one of ``recent``, which noise drawn again favours; p itself where it cannot be."""
+    earlier = (recent[:, :, None] == recent[:, None, :]).tril(-1).any(-1)  # counted already
+    mass = torch.where((recent >= 0) & ~earlier, p.gather(-1, recent.clamp(min=0)), 0.0).sum(-1)
+    hit = (recent == tokens[:, None]).any(-1)
+    at = torch.where(hit, -_log_or_zero(mass), -math.inf)
+    return Ratio(torch.where(mass > 0, at, 0.0), torch.zeros_like(mass))
 
 
 def _uniform(p: Tensor, chosen: Tensor) -> Ratio:

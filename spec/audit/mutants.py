@@ -5,12 +5,15 @@ Each overrides one decision of :class:`spec.audit.toy.ToyEngine`. Sources are is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import torch
 
-from spec.audit.laws import NO_PENALTIES
+from spec.audit.laws import NO_PENALTIES, changed
 from spec.audit.sample import Sample
 from spec.audit.toy import K, Markov, ToyEngine, V, choose
 from spec.params import Params
@@ -21,13 +24,25 @@ class _SettingsForgotten(ToyEngine):
     """Some rows are processed with other settings."""
 
     roles: tuple[str, ...] = ("accept", "residual", "bonus")
-
-    def changed(self, params: Params) -> Params:
-        raise NotImplementedError
+    fields: Mapping[str, Any] = MappingProxyType({})  # of those rows
 
     def p(self, i: int, drafted: list[np.ndarray], role: str) -> np.ndarray:
-        params = [self.changed(x) for x in self.params] if role in self.roles else None
-        return self.law(self.target, drafted[:i], params)
+        return self.law(self.target, drafted[:i], self.changed() if role in self.roles else None)
+
+    def changed(self) -> list[Params]:
+        """Of every text."""
+        return changed(self.params, **self.fields)
+
+
+class _Garbage(_SettingsForgotten):
+    """The drafted rows' settings are uninitialised memory: one or the other, anew for every row."""
+
+    roles = ("accept", "residual")
+    choices: tuple[Mapping[str, Any], Mapping[str, Any]]
+
+    def changed(self) -> list[Params]:
+        low, high = (changed(self.params, **fields) for fields in self.choices)
+        return [a if one else b for a, b, one in zip(low, high, self.fault.random(len(low)) < 0.5, strict=True)]
 
 
 class SharedNoise(ToyEngine):
@@ -37,30 +52,38 @@ class SharedNoise(ToyEngine):
         return draft_noise
 
 
-class GarbageTemperature(_SettingsForgotten):
-    """The drafted rows' temperature is uninitialised memory (vllm#55005)."""
+class GarbageTemperature(_Garbage):
+    """vllm#55005."""
 
-    roles = ("accept", "residual")
+    choices = ({"temperature": 1e-2}, {"temperature": 30.0})
 
-    def changed(self, params: Params) -> Params:
-        return replace(params, temperature=float(self.noise.choice([1e-2, 30.0])))
+
+class GarbageTopP(_Garbage):
+    """The other half of vllm#55005."""
+
+    choices = ({"top_p": 1e-3}, {"top_p": 1.0})
 
 
 class ReturnedLawIsNotTheSampled(ToyEngine):
     """Drafts come from a sharpened q, the verifier is told the plain one (transformers#47932, EAGLE#329)."""
 
     def q(self, drafted: list[np.ndarray]) -> np.ndarray:
-        return self.law(self.draft, drafted, [replace(x, temperature=0.7 * x.temperature) for x in self.params])
+        return self.law(self.draft, drafted, self.sharper(0.7))
 
     def reported(self, q: np.ndarray, drafted: list[np.ndarray]) -> np.ndarray:
         return self.law(self.draft, drafted)
+
+    def sharper(self, factor: float) -> list[Params]:
+        """Every temperature times ``factor``."""
+        made = {t: changed(self.params, temperature=factor * t) for t in {x.temperature for x in self.params}}
+        return [made[x.temperature][i] for i, x in enumerate(self.params)]
 
 
 class DraftTemperatureMisreported(ReturnedLawIsNotTheSampled):
     """The same by 5 %: subtle."""
 
     def q(self, drafted: list[np.ndarray]) -> np.ndarray:
-        return self.law(self.draft, drafted, [replace(x, temperature=0.95 * x.temperature) for x in self.params])
+        return self.law(self.draft, drafted, self.sharper(0.95))
 
 
 class WrongSlice(ToyEngine):
@@ -101,27 +124,21 @@ class PenaltiesDroppedOnBonus(_SettingsForgotten):
     """vllm#18902."""
 
     roles = ("bonus",)
-
-    def changed(self, params: Params) -> Params:
-        return replace(params, **NO_PENALTIES)
+    fields = NO_PENALTIES
 
 
 class MinPDroppedOnDrafts(_SettingsForgotten):
     """vllm#42744."""
 
     roles = ("accept", "residual")
-
-    def changed(self, params: Params) -> Params:
-        return replace(params, min_p=0.0)
+    fields = MappingProxyType({"min_p": 0.0})
 
 
 class BiasDroppedOnResidual(_SettingsForgotten):
     """sglang#10617."""
 
     roles = ("residual",)
-
-    def changed(self, params: Params) -> Params:
-        return replace(params, logit_bias={})
+    fields = MappingProxyType({"logit_bias": {}})
 
 
 class FixedSeed(ToyEngine):
@@ -161,19 +178,27 @@ class ResidualNotRenormalised(ToyEngine):
 
 
 class StaleCache(ToyEngine):
-    """After a rejection the cache is rolled back one token short: the rejected draft is still in the context."""
+    """After a rejection the cache is rolled back one token short: the rejected draft stays in the context, in the place
+    of the token before the newest.
+    """
 
     def begin(self, requests: Sequence[Request]) -> None:
         self.stale: list[int | None] = [None] * len(requests)
 
     def block(self) -> list[list[int]]:
-        # drafts and verdicts of this block read the context with the stale token in it
         texts = self.texts
         self.texts = [t if s is None else [*t[:-2], s, t[-1]] for t, s in zip(texts, self.stale, strict=True)]
+        self.drafted: list[np.ndarray] = []  # ids by row
         blocks = super().block()
         self.texts = texts
-        self.stale = [None if len(b) > K else (int(self.noise.integers(V)) if len(b) > 1 else None) for b in blocks]
+        self.stale = [
+            None if len(block) > K else int(self.drafted[len(block) - 1][b]) for b, block in enumerate(blocks)
+        ]
         return blocks
+
+    def accept(self, p: np.ndarray, q: np.ndarray, x: np.ndarray, u: np.ndarray) -> np.ndarray:
+        self.drafted.append(x)
+        return super().accept(p, q, x, u)
 
 
 class Swapped(ToyEngine):
@@ -189,8 +214,9 @@ class TopKOffByOneOnResidual(_SettingsForgotten):
 
     roles = ("residual",)
 
-    def changed(self, params: Params) -> Params:
-        return replace(params, top_k=params.top_k + 1) if params.top_k > 0 else params
+    def changed(self) -> list[Params]:
+        more = {k: changed(self.params, top_k=k + 1) for k in {x.top_k for x in self.params if x.top_k > 0}}
+        return [more[x.top_k][i] if x.top_k > 0 else x for i, x in enumerate(self.params)]
 
 
 class PenaltiesLag(ToyEngine):
@@ -214,7 +240,7 @@ class Leak(ToyEngine):
     share = 0.03
 
     def block(self) -> list[list[int]]:
-        self.unseen = self.noise.random(len(self.texts)) < self.share
+        self.unseen = self.fault.random(len(self.texts)) < self.share
         return super().block()
 
     def accept(self, p: np.ndarray, q: np.ndarray, x: np.ndarray, u: np.ndarray) -> np.ndarray:
@@ -244,25 +270,40 @@ class AcceptUniformReused(ToyEngine):
 class PlainTemperatureIgnored(ToyEngine):
     """No drafts at all, and the temperature forgotten: the simplest fault an endpoint can have."""
 
+    def block(self) -> list[list[int]]:
+        law = self.law(self.target, [], changed(self.params, temperature=1.0))
+        return [[int(token)] for token in choose(law, self.gumbel())]
+
+
+class SeedNotAdvanced(ToyEngine):
+    """Every step of a request draws the noise of its first: a seed reused (vllm#13196)."""
+
+    def begin(self, requests: Sequence[Request]) -> None:
+        self.seed = self.fault.integers(2**63)
+
+    def block(self) -> list[list[int]]:
+        self.noise = np.random.default_rng(self.seed)
+        return super().block()
+
+
+class LogprobsOfAnotherToken(ToyEngine):
+    """The text is right; each log-prob reported is that of the most likely token (vllm#34497)."""
+
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
-        self.params = [replace(r.params, temperature=1.0) for r in requests]
-        self.prompts = [list(r.prompt_ids) for r in requests]
-        self.texts = [list(r.prompt_ids) for r in requests]
-        for _ in range(max(r.max_tokens for r in requests)):
-            for text, token in zip(self.texts, choose(self.law(self.target, []), self.gumbel()), strict=True):
-                text.append(int(token))
+        samples = super().generate(requests)
+        raw = (torch.cat(list(self.target.rows([sample], len(sample.token_ids)))) for sample in samples)
         return [
-            Sample(tuple(p), tuple(t[len(p) : len(p) + r.max_tokens]), r.params)
-            for p, t, r in zip(self.prompts, self.texts, requests, strict=True)
+            replace(sample, logprobs=tuple(rows.log_softmax(-1).amax(-1).tolist()))
+            for sample, rows in zip(samples, raw, strict=True)
         ]
 
 
 MUTANTS: tuple[type[ToyEngine], ...] = (
-    SharedNoise, GarbageTemperature, ReturnedLawIsNotTheSampled, DraftTemperatureMisreported, WrongSlice,
+    SharedNoise, GarbageTemperature, GarbageTopP, ReturnedLawIsNotTheSampled, DraftTemperatureMisreported, WrongSlice,
     BonusFromWrongRow, BlockVerificationWrong, GreedyVerification, PenaltiesDroppedOnBonus, MinPDroppedOnDrafts,
     BiasDroppedOnResidual, FixedSeed, ResidualNotSubtracted, ResidualNotClipped, ResidualNotRenormalised, StaleCache,
     Swapped, TopKOffByOneOnResidual, PenaltiesLag, LenientAcceptance, Leak, AcceptUniformReused,
-    PlainTemperatureIgnored,
+    PlainTemperatureIgnored, SeedNotAdvanced, LogprobsOfAnotherToken,
 )  # fmt: skip
 
 

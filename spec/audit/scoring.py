@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from spec.audit.conditionals import Conditionals, regrouped
-from spec.audit.laws import Rows, at_tokens, draft_law, named_ratios, target_law
+from spec.audit.laws import RECENT, Rows, at_tokens, draft_law, named_ratios, target_law
 from spec.audit.sample import UNKNOWN, Sample
 from spec.params import Params
 
@@ -137,9 +137,16 @@ class Scorer:
                     tokens=torch.tensor([s.token_ids[i] for s, i, _ in chunk], device=device),
                     previous=torch.tensor([s.token_ids[i - 1] if i else -1 for s, i, _ in chunk], device=device),
                     twins=torch.tensor([twin for _, _, twin in chunk], device=device),
+                    recent=torch.tensor([_before(s.token_ids, i) for s, i, _ in chunk], device=device),
                 ),
                 None if draft is None else draft.to(piece),
             )
+
+
+def _before(tokens: tuple[int, ...], i: int) -> list[int]:
+    """[RECENT]"""
+    found = list(tokens[max(i - RECENT, 0) : i][::-1])
+    return found + [-1] * (RECENT - len(found))
 
 
 class _Frozen(dict[int, float]):

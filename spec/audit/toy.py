@@ -9,12 +9,14 @@ Shape legend: B texts, V vocabulary, K draft length.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from spec.audit.sample import Sample
+from spec.audit.sample import UNKNOWN, Sample
 from spec.params import Params, row_options
 from spec.request import Request
 from spec.sampling import processed_probs
@@ -22,6 +24,8 @@ from spec.sampling import processed_probs
 V = 16
 K = 3
 CONTEXT = 2  # tokens
+_KNOWN = 20_000  # rows remembered
+Text = tuple[int, ...]
 
 
 class Markov:
@@ -71,24 +75,32 @@ class ToyEngine:
     def __init__(self, target: Markov, draft: Markov, seed: int = 0):
         self.target, self.draft = target, draft
         self.noise = np.random.default_rng([seed, 11])
+        self.fault = np.random.default_rng([seed, 13])  # what a mutant's fault draws: the rest stays as it would be
+        self._tables: dict[tuple[object, ...], np.ndarray] = {}  # laws by model and setting, [V, V, V]
+        self._rows: dict[tuple[Any, ...], np.ndarray] = {}  # of settings with penalties, by their whole text
 
     def generate(self, requests: Sequence[Request]) -> list[Sample]:
         """Each request's text, with positions in the block."""
-        self.params = [r.params for r in requests]
-        self.texts = [list(r.prompt_ids) for r in requests]
-        self.prompts = [list(r.prompt_ids) for r in requests]
-        limits = [r.max_tokens for r in requests]
-        offsets: list[list[int]] = [[] for _ in requests]
+        prompts, limits = [list(r.prompt_ids) for r in requests], [r.max_tokens for r in requests]
         self.begin(requests)
-        while any(len(t) - len(p) < limit for t, p, limit in zip(self.texts, self.prompts, limits, strict=True)):
-            blocks = self.block()
-            for text, block, found in zip(self.texts, blocks, offsets, strict=True):
+        offsets = self.run(prompts, [[*p] for p in prompts], [r.params for r in requests], limits)
+        return [
+            Sample(tuple(p), tuple(t[len(p) : len(p) + limit]), r.params, tuple(o[:limit]))
+            for p, t, limit, r, o in zip(prompts, self.texts, limits, requests, offsets, strict=True)
+        ]
+
+    def run(
+        self, prompts: list[list[int]], texts: list[list[int]], params: list[Params], tokens: Sequence[int]
+    ) -> list[list[int]]:
+        """Continues ``texts`` (prompt and what was said) by at least so many tokens; their positions in the block."""
+        self.prompts, self.texts, self.params = prompts, texts, params
+        ends = [len(text) + more for text, more in zip(texts, tokens, strict=True)]
+        offsets: list[list[int]] = [[] for _ in texts]
+        while any(len(t) < end for t, end in zip(self.texts, ends, strict=True)):
+            for text, block, found in zip(self.texts, self.block(), offsets, strict=True):
                 text += block
                 found += range(len(block))
-        return [
-            Sample(tuple(p), tuple(t[len(p) : len(p) + limit]), params, tuple(o[:limit]))
-            for p, t, limit, params, o in zip(self.prompts, self.texts, limits, self.params, offsets, strict=True)
-        ]
+        return offsets
 
     # ------------------------------------------------------------------------------------------ what mutants override
 
@@ -158,10 +170,91 @@ class ToyEngine:
     ) -> np.ndarray:
         """[B, V] processed law of a model after the drafted tokens; penalties see all but the last ``lag`` tokens."""
         params = self.params if params is None else params
-        texts = [[*t, *(int(x[b]) for x in drafted)] for b, t in enumerate(self.texts)]
-        logits = torch.from_numpy(model.table[[t[-2] for t in texts], [t[-1] for t in texts]])
-        outputs = [t[len(p) : max(len(t) - lag, len(p))] for t, p in zip(texts, self.prompts, strict=True)]
-        return processed_probs(logits, **row_options(params, V, self.prompts, outputs)).numpy()
+        whole = np.array([t[-CONTEXT:] for t in self.texts])
+        whole = np.concatenate([whole, np.stack(drafted, 1)], axis=1) if len(drafted) else whole
+        once = {id(x): setting_key(x) for x in {id(x): x for x in params}.values()}
+        alike: dict[tuple[object, ...], list[int]] = {}  # rows by setting
+        if len(once) == 1:
+            alike[next(iter(once.values()))] = list(range(len(params)))
+        else:
+            for b, x in enumerate(params):
+                alike.setdefault(once[id(x)], []).append(b)
+        laws = np.empty((len(whole), V))
+        for key, rows in alike.items():
+            shaping, who = params[rows[0]], (model is self.target, *key)
+            if shaping.penalised:
+                laws[rows] = self._penalised(model, whole, shaping, who, rows, lag)
+            else:
+                if who not in self._tables:
+                    flat = torch.from_numpy(model.table.reshape(-1, V))
+                    shaped = processed_probs(flat, **row_options([shaping] * len(flat), V))
+                    self._tables[who] = shaped.numpy().reshape(V, V, V)
+                laws[rows] = self._tables[who][whole[rows, -2], whole[rows, -1]]
+        return laws
+
+    def _penalised(
+        self, model: Markov, whole: np.ndarray, shaping: Params, who: tuple[object, ...], rows: list[int], lag: int
+    ) -> np.ndarray:
+        """[len(rows), V]; ``whole``: [B, CONTEXT + drafted] last tokens."""
+        if len(self._rows) > _KNOWN:
+            self._rows.clear()
+        keys: list[tuple[Any, ...]] = []
+        unknown: dict[tuple[Any, ...], None] = {}
+        for b in rows:
+            text, prompt, ahead = self.texts[b], self.prompts[b], whole[b].tolist()
+            said = (*text[len(prompt) :], *ahead[CONTEXT:])
+            said = said[: max(len(said) - lag, 0)] if lag else said
+            key = (who, ahead[-2], ahead[-1], tuple(prompt), said)
+            keys.append(key)
+            if key not in self._rows:
+                unknown[key] = None
+        if unknown:
+            _, older, newer, prompts, outputs = zip(*unknown, strict=True)
+            logits = torch.from_numpy(model.table[list(older), list(newer)])
+            found = processed_probs(logits, **row_options([shaping] * len(unknown), V, prompts, outputs)).numpy()
+            self._rows.update(zip(unknown, found, strict=True))
+        return np.stack([self._rows[key] for key in keys])
+
+
+class BlockToyEngine(ToyEngine):
+    """The same with block verification (Sun et al. 2403.10444, algorithm 2), right as well."""
+
+    name = "toy block"
+
+    def generate(self, requests: Sequence[Request]) -> list[Sample]:
+        """A later position in the block says something of the token there: see spec.audit.engines.ours.offsets."""
+        return [
+            replace(s, offsets=tuple(o if o == 0 else UNKNOWN for o in s.offsets or ()))
+            for s in super().generate(requests)
+        ]
+
+    def block(self) -> list[list[int]]:
+        drafted: list[np.ndarray] = []
+        q: list[np.ndarray] = []
+        for _ in range(K):
+            q.append(self.q(drafted))
+            drafted.append(choose(q[-1], self.gumbel()))
+        p = [self.p(i, drafted, "bonus") for i in range(K + 1)]
+        rows = np.arange(len(self.texts))
+        weights = [np.ones(len(rows))]
+        for i, x in enumerate(drafted):
+            weights.append(np.minimum(1.0, weights[-1] * p[i][rows, x] / q[i][rows, x]))
+        excess = [np.maximum(weights[i][:, None] * p[i] - q[i], 0) for i in range(K)] + [p[K]]
+        taken = np.zeros(len(rows), dtype=int)
+        for i in range(1, K + 1):
+            mass = excess[i].sum(1)
+            h = mass / np.maximum(mass + 1 - weights[i], 1e-300) if i < K else weights[K]
+            taken[self.uniform() < h] = i
+        last = choose(np.stack(excess)[taken, rows], self.gumbel())
+        return [[*(int(drafted[i][b]) for i in range(taken[b])), int(last[b])] for b in rows]
+
+
+def setting_key(params: Params) -> tuple[object, ...]:
+    """What a law depends on: all but the seed."""
+    return (
+        params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty,
+        params.presence_penalty, params.frequency_penalty, *params.logit_bias.items(),
+    )  # fmt: skip
 
 
 def choose(law: np.ndarray, gumbel: np.ndarray) -> np.ndarray:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import replace
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-import numpy as np
-
+from spec.audit.distance import distance
 from spec.audit.mutants import MUTANTS, build
-from spec.audit.sample import Sample
-from spec.audit.scoring import Scored, Scorer
-from spec.audit.statistical import Settings, audit, requests
-from spec.audit.toy import Markov, ToyEngine, toy_prompts
+from spec.audit.scoring import Scorer
+from spec.audit.statistical import Settings, audit
+from spec.audit.toy import BlockToyEngine, Markov, ToyEngine, toy_prompts
 from spec.audit.verdict import Verdict
 from spec.params import Params
 
@@ -26,7 +24,8 @@ PANEL = (
     Params(temperature=0.8, repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.3),
     Params(min_p=0.1, logit_bias={1: 2.0, 2: -2.0}),
 )
-ENGINES: dict[str, type[ToyEngine]] = {"correct": ToyEngine, **{mutant.__name__: mutant for mutant in MUTANTS}}
+CORRECT: dict[str, type[ToyEngine]] = {"correct": ToyEngine, "correct block": BlockToyEngine}
+ENGINES: dict[str, type[ToyEngine]] = {**CORRECT, **{mutant.__name__: mutant for mutant in MUTANTS}}
 
 
 def try_one(
@@ -43,58 +42,44 @@ def try_all(
     names: Sequence[str] = tuple(ENGINES), *, seeds: int = 20, tokens: int = 20_000, delta: float = 1e-3
 ) -> dict[str, dict[str, Any]]:
     """For each engine: share detected, median tokens to detection, distance, and the fault named most often."""
-    return {name: summary([try_one(name, seed, tokens=tokens, delta=delta) for seed in range(seeds)], name)
-            for name in names}  # fmt: skip
+    return {
+        name: {**summary([try_one(name, seed, tokens=tokens, delta=delta) for seed in range(seeds)]), **measured(name)}
+        for name in names
+    }
 
 
-def summary(verdicts: Sequence[Verdict], name: str, measure: bool = True) -> dict[str, Any]:
-    """Of audits of one engine; its distance only if it is to be measured."""
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """Of audits of one engine. ``median_tokens`` counts a miss as infinitely many: None where half or more miss."""
     hits = [v for v in verdicts if v.verdict == "different"]
     faults = Counter(v.fault.name for v in hits if v.fault is not None).most_common(1)
+    tokens = median(v.tests["decided_at"] if v.verdict == "different" else math.inf for v in verdicts)
     return {
-        "distance": distance(name) if measure else None,
         "detected": len(hits) / len(verdicts),
-        "median_tokens": median(v.tests["decided_at"] for v in hits) if hits else None,
+        "median_tokens": tokens if math.isfinite(tokens) else None,
         "named": faults[0][0] if faults else None,
     }
 
 
-def distance(name: str, tokens: int = 60_000, seed: int = 1000) -> float:
-    """A lower bound, up to its sampling error of about 0.3 %, of the mean total variation a token.
+def measured(name: str) -> dict[str, Any]:
+    """``distance`` of a named engine, and how it was measured (``distance_by``)."""
+    found = distance(ENGINES[name], PANEL)
+    return {"distance": found.value, "distance_by": found.how}
 
-    In each group of tokens (setting, position in the block) the set of :mod:`spec.audit.scoring` on which the engine
-    departs most is chosen by one half of the tokens, with its sign, and measured on the other half.
-    """
-    models = Markov.pair(seed % 5)
-    engine, scorer = build(ENGINES[name], seed, models), Scorer(*models, seed)
-    settings = Settings(tokens=tokens, seed=seed)
-    halves: list[dict[Any, dict[str, list[float]]]] = [
-        defaultdict(lambda: defaultdict(lambda: [0.0, 0.0])) for _ in "12"
+
+HEADER = f"{'engine':28} {'distance':>8} {'found':>6} {'tokens':>7}  named"
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    """One engine's row of the table, under ``HEADER``."""
+    tokens = "-" if row["median_tokens"] is None else f"{row['median_tokens']:.0f}"
+    far = f"{row['distance']:.2%}"
+    return f"{name:28} {far:>8} {row['detected']:6.0%} {tokens:>7}  {row['named'] or '-'}"
+
+
+def missed(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Engines about which the audit is wrong: mutants of 1 % or more not found every time, right ones that were."""
+    return [
+        name
+        for name, row in table.items()
+        if (row["detected"] > 0 if name in CORRECT else row["detected"] < 1 and row["distance"] >= 0.01)
     ]
-    coming, seen, turn = requests(toy_prompts(seed=seed), PANEL, settings), 0, 0
-    while seen < tokens:
-        samples = engine.generate([next(coming) for _ in range(256)])
-        scored = scorer.score(samples)
-        seen, turn = seen + len(scored.sample), turn + 1
-        _add(halves[turn % 2], scored, samples)
-    moved = total = 0.0
-    for group, measured in halves[1].items():
-        known = halves[0].get(group, {})
-        best = max(measured, key=lambda d: abs(known[d][0] / max(known[d][1], 1)) if d in known else 0.0)
-        sign = np.sign(known[best][0]) if best in known else 0.0
-        moved += sign * measured[best][0]
-        total += measured[best][1]
-    return float(moved / max(total, 1))
-
-
-def _add(sums: dict[Any, dict[str, list[float]]], scored: Scored, samples: Sequence[Sample]) -> None:
-    out = scored.impossible.astype(float)
-    settings = np.array([repr(replace(samples[i].params, seed=0)) for i in scored.sample])
-    for name, (hit, expected) in {**scored.directions, "outside": (out, np.zeros(len(out)))}.items():
-        x = hit - expected
-        for setting in np.unique(settings):
-            for offset in np.unique(scored.offset):
-                chosen = (settings == setting) & (scored.offset == offset)
-                cell = sums[(setting, int(offset))][name]
-                cell[0] += float(x[chosen].sum())
-                cell[1] += float(chosen.sum())

@@ -76,8 +76,8 @@ def test_vllm_unrepaired_is_found_and_its_temperature_named(models: tuple[Path, 
         kv_cache_gib=0.25,
     ) as engine:  # fmt: skip
         verdict = audited(engine, models, 0.03, 5000)
-    print(verdict.fault)
     assert verdict.verdict == "different" and verdict.tests["decided_at"] <= 1000
+    assert verdict.fault is not None and "temperature" in verdict.fault.name, verdict.fault
 
 
 def test_vllm_kernels_white_box() -> None:
@@ -98,3 +98,26 @@ def test_transformers_generate(how: str, models: tuple[Path, Path]) -> None:
     target, draft = (TransformersModel.load(m).model for m in models)
     engine = TransformersEngine(target, draft if how == "assisted" else None, 3 if how == "lookup" else 0)
     assert audited(engine, models, 0.06, 6000).verdict in ("equivalent", "undecided")
+
+
+def test_our_own_server_by_its_url(tmp_path: Path, tokenizer: object) -> None:
+    """A real process, asked as any client asks: whole token ids, log-probs that are the target's, both seed paths."""
+    from conftest import make_model
+    from serve_process import ServerProcess
+
+    from spec.audit.cli import main
+
+    target, out = make_model(tmp_path / "target", tokenizer), tmp_path / "verdict.json"
+    server = ServerProcess(
+        "--target", target, "--draft", "ngram", "--backend", "torch", "--dtype", "float32", "--device", "cpu",
+        "--audit-at-start", "0",
+    )  # fmt: skip
+    try:
+        status = main(
+            ["--engine", server.url, "--target", str(target), "--dtype", "float32", "--epsilon", "0.2",
+             "--max-tokens-audited", "3000", "--max-tokens", "12", "--json", str(out)]
+        )  # fmt: skip
+    finally:
+        server.stop()
+    found = json.loads(out.read_text())
+    assert status == 0 and found["tests"]["left_out"] == 0 and found["tests"]["logprob_gap"] < 1e-3
