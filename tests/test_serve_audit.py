@@ -191,6 +191,7 @@ def test_greedy_and_very_long_requests_are_skipped() -> None:
     live.serve([Request([1, 2], Params(temperature=0), max_tokens=4), *asked(2)])
     assert live.figure("samples_total") == 2 and live.figure("skipped_total") == 1
     assert not auditable(Request([1] * 5000, Params()))
+    assert not auditable(Request([1], Params(), grammar=object()))  # type: ignore[arg-type]
 
 
 def test_scoring_waits_for_room_in_the_cache() -> None:

@@ -80,8 +80,8 @@ def smoke_audit(
 class LiveAudit:
     """Audits ``share`` of the requests for as long as the server runs; in the engine's thread alone.
 
-    Greedy requests (nothing is drawn) and very long prompts are skipped, and of a request's samples the first is looked
-    at. No draft is scored, so drafts may come and go.
+    Greedy requests (nothing is drawn), those under a grammar (whose mask the scorer does not know) and very long prompts
+    are skipped, and of a request's samples the first is looked at. No draft is scored, so drafts may come and go.
     """
 
     def __init__(
@@ -155,8 +155,7 @@ class LiveAudit:
 
 def auditable(request: Request) -> bool:
     """By what is known before its first token."""
-    constrained = getattr(request, "grammar", None) is not None
-    return not (request.params.greedy or constrained or len(request.prompt_ids) > _LONGEST_PROMPT)
+    return not (request.params.greedy or request.grammar or len(request.prompt_ids) > _LONGEST_PROMPT)
 
 
 def _sample(request: Request, completion: Completion, mode: Mode, most: int | None = None) -> Sample | None:
