@@ -168,7 +168,7 @@ def test_a_stale_cache_holds_the_rejected_draft() -> None:
         seen.append([text[-2:] for text in engine.texts])
         return law(model, drafted, *rest, **more)  # type: ignore[arg-type]
 
-    engine.law = watched  # type: ignore[method-assign]
+    engine.law = watched  # type: ignore
     engine.begin([Request((1, 2), Params())])
     engine.texts, engine.prompts, engine.params = [[1, 2]], [[1, 2]], [Params()]
     for _ in range(40):

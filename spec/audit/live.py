@@ -59,9 +59,11 @@ class Arrivals:
         ``clients_seed``: the seed in ``params`` was given by the client, not drawn for this request alone.
         """
         drawn = self.random.random() < self.share
-        fresh = self._fresh(params.seed) if clients_seed else True
-        if params.greedy or not fresh or not drawn or len(self._open) >= self.waiting:
+        used = clients_seed and (params.seed in self._seeds or len(self._seeds) >= _SEEDS)
+        if params.greedy or used or not drawn or len(self._open) >= self.waiting:
             return None
+        if clients_seed:
+            self._seeds.add(params.seed)
         self._open.append(Ticket())
         return self._open[-1]
 
@@ -79,11 +81,3 @@ class Arrivals:
             if first is not None:
                 ready.append(first)
         return ready
-
-    def _fresh(self, seed: int) -> bool:
-        """Also marks it as used, whether or not the request is chosen: an unwatched twin is no reason to skip, but
-        which of two equal seeds is watched must not depend on anything either."""
-        if seed in self._seeds or len(self._seeds) >= _SEEDS:
-            return False
-        self._seeds.add(seed)
-        return True

@@ -40,7 +40,7 @@ def assert_lossless(
         target, draft: a :class:`spec.models.base.LanguageModel` or an object with ``vocab_size`` and
             ``rows(samples, most)``. The draft sharpens the test where there is one.
         prompts: token ids. panel: the sampling parameters to cycle through, by default all kinds the engine supports.
-        tolerance: share of tokens outside the target's support that rounding may cause; 0 for exact arithmetic.
+        tolerance: mass per token outside the target's support that rounding may cause; 0 for exact arithmetic.
     """
     settings = Settings(
         delta=delta, epsilon=epsilon, tokens=tokens, max_tokens=max_tokens, tolerance=tolerance, seed=seed

@@ -16,6 +16,7 @@ import pytest
 
 from spec.audit.certificate import MAX_DIRECTIONS
 from spec.audit.mutants import MUTANTS
+from spec.audit.sample import Sample
 from spec.audit.scoring import Scored, Scorer
 from spec.audit.statistical import Settings, Watch, requests
 from spec.audit.toy import BlockToyEngine, Markov, ToyEngine, choose, toy_prompts
@@ -25,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def batches(kind: type[ToyEngine], seed: int, count: int, size: int = 12) -> Iterator[tuple[list[object], Scored]]:
+def batches(kind: type[ToyEngine], seed: int, count: int, size: int = 12) -> Iterator[tuple[list[Sample], Scored]]:
     """Samples and scores of one engine; 32 tokens a sample."""
     models = Markov.pair(seed % 5)
     engine, scorer = kind(*models, seed), Scorer(*models, seed)
@@ -42,7 +43,7 @@ def null(request: pytest.FixtureRequest) -> list[Watch]:
     for seed in range(200):
         watch = Watch(Settings())
         for samples, scored in batches(request.param, seed, 2):
-            watch.update(samples, scored)  # type: ignore[arg-type]
+            watch.update(samples, scored)
         watches.append(watch)
     return watches
 
