@@ -142,6 +142,16 @@ def test_gross_mutants_are_found_within_a_few_hundred_tokens(name: str, tokens: 
     assert verdict.tests["decided_at"] <= tokens
 
 
+@pytest.mark.parametrize(
+    ("name", "seed", "fault"), [("AcceptUniformReused", 0, "unnamed"), ("LenientAcceptance", 2, "lenient acceptance")]
+)
+def test_subtle_mutants_are_found_within_ten_thousand_tokens(name: str, seed: int, fault: str) -> None:
+    verdict = try_one(name, seed, tokens=10_000)
+    assert verdict.verdict == "different" and verdict.fault is not None and verdict.fault.name == fault
+    if fault == "unnamed":
+        assert verdict.fault.parameters == {"seen in": "shape by token id"}
+
+
 def test_wrong_log_probs_of_a_right_text_are_a_fault_apart_from_the_evidence() -> None:
     verdict = try_one("LogprobsOfAnotherToken", 0, tokens=300)
     assert verdict.fault is not None and verdict.fault.name == "log-probs of another token"

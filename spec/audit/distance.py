@@ -32,7 +32,7 @@ class Distance:
 
 
 def distance(
-    engine: type[ToyEngine], panel: Sequence[Params], *, contexts: int = 64, copies: int = 1024, tokens: int = 40_000
+    engine: type[ToyEngine], panel: Sequence[Params], *, contexts: int = 32, copies: int = 1024, tokens: int = 20_000
 ) -> Distance:
     """Mean total variation a token between the engine's law and its target's, given the text so far, from below."""
     found = [Distance(by_sets(engine, panel, tokens), "sets")]

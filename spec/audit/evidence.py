@@ -227,6 +227,8 @@ def _streams(scored: Scored, before: np.ndarray) -> Iterator[tuple[str, tuple[np
     yield "shape", (u, sample)
     if not np.isnan(scored.draft_pit).all():
         yield "shape along the draft", (scored.draft_pit, sample)
+    if scored.id_pit is not None:
+        yield "shape by token id", (scored.id_pit, sample)
     follows = scored.position > 0
     yield "after the token before", (np.where(follows, (u - np.roll(u, 1)) % 1, np.nan), sample)
     yield "beside the request before", ((u - _beside(scored, before)) % 1, sample)

@@ -84,6 +84,7 @@ def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -
     yield "uniform noise", _uniform(p, chosen)
     if q is not None:
         yield "draft leak", ratio(q, p, rows.tokens)
+        yield "lenient acceptance", ratio(_lenient(p, q), p, rows.tokens)
         yield "draft's argmax leaks", _one_hot(q.argmax(-1), p, rows.tokens, chosen)
 
 
@@ -129,6 +130,15 @@ def _garbage(rows: Rows, p: Tensor) -> Tensor:
     """[n, V] a temperature that is either far too low or far too high, as uninitialised memory has it."""
     hot = target_law(rows, changed(rows.params, temperature=_HOT))
     return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
+
+
+def _lenient(p: Tensor, q: Tensor) -> Tensor:
+    """[n, V] one drafted token, accepted with min(1, 2 p/q); less lenient is nearly a share of it."""
+    taken = torch.minimum(q, 2 * p)
+    residual = (p - q).clamp(min=0)
+    mass = residual.sum(-1, keepdim=True)
+    left = (1 - taken.sum(-1, keepdim=True)).clamp(min=0)
+    return torch.where(mass > 0, taken + left * residual / mass.clamp(min=torch.finfo(p.dtype).tiny), p)
 
 
 def _only(rows: Rows, chosen: list[int]) -> Rows:

@@ -4,7 +4,8 @@ p(. | h) is the target's law at the prefix the engine itself wrote, with the req
 penalties, the tokens so far. Under H0 (tokens are drawn from p) and for any prompts:
 
 - randomised PIT u = mass of what comes before x in an order fixed by p alone + v * mass of x, v ~ U(0,1), is uniform
-  and independent of everything earlier; one order is by p (likeliest first), one by q / p where a draft is known;
+  and independent of everything earlier; one order is by p (likeliest first), one by token id, one by q / p where a
+  draft is known;
 - -log p(x) - H(p) is a martingale difference;
 - 1{x in A} - p(A) is one for every set A that is a function of the prefix;
 - m(x) / p(x) has mean 1 at most for every law m (:mod:`spec.audit.laws`).
@@ -48,6 +49,7 @@ class Scored:
     directions: dict[str, tuple[np.ndarray, np.ndarray]]  # set A -> 1{x in A}, p(A)
     # law (``raw``: of the logits as they are, or ``processed``) -> |reported - due| nats; NaN: not reported
     gaps: dict[str, np.ndarray] = field(default_factory=dict)
+    id_pit: np.ndarray | None = None  # the PIT in the order of token ids, in which samplers invert the CDF
 
     @property
     def impossible(self) -> np.ndarray:
@@ -172,6 +174,7 @@ class _Piece:
     spread: np.ndarray
     pit: np.ndarray
     draft_pit: np.ndarray
+    id_pit: np.ndarray
     ratios: Pairs
     directions: Pairs
 
@@ -201,6 +204,7 @@ def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, no
         spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
         pit=_f64(_pit(p, p, rows.tokens, noise)),
         draft_pit=_f64(draft_pit),
+        id_pit=_f64(_pit(p, -torch.arange(p.shape[-1], device=p.device).expand_as(p), rows.tokens, noise)),
         ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, p, q, last)},
         directions={name: (_f64(at_tokens(a, rows.tokens)), _f64((p * a).sum(-1))) for name, a in sets.items()},
     )
@@ -224,7 +228,7 @@ def _joined(kept: Sequence[tuple[int, Sample]], parts: Sequence[_Piece]) -> Scor
     sample, position, offset = np.array(index, dtype=np.int64).reshape(-1, 3).T
     flat = {
         name: np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])
-        for name in ("log_p", "raw_log_p", "entropy", "spread", "pit", "draft_pit")
+        for name in ("log_p", "raw_log_p", "entropy", "spread", "pit", "draft_pit", "id_pit")
     }
     reported = np.array([x for _, s in kept for x in s.logprobs or [math.nan] * len(s.token_ids)])
     gaps = {"raw": np.abs(reported - flat.pop("raw_log_p")), "processed": np.abs(reported - flat["log_p"])}
