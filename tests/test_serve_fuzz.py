@@ -6,7 +6,7 @@ import pytest
 from schemathesis import GenerationMode
 
 from tests.conftest import make_model
-from tests.serve_fuzz import FUZZED, fuzz, operations
+from tests.serve_fuzz import FUZZED, LIMIT, fuzz, operations
 from tests.serve_process import ServerProcess
 
 ADMIN = {"Authorization": "Bearer root"}
@@ -15,7 +15,9 @@ ADMIN = {"Authorization": "Bearer root"}
 @pytest.fixture(scope="module")
 def server(tmp_path_factory, tokenizer):
     target = make_model(tmp_path_factory.mktemp("fuzz") / "target", tokenizer, layers=1)
-    server = ServerProcess("--target", target, "--backend", "torch", "--admin-key", "root", "--audit-at-start", 0)
+    server = ServerProcess(
+        "--target", target, "--backend", "torch", "--admin-key", "root", "--audit-at-start", 0, *LIMIT
+    )
     yield server
     assert server.stop() == 0
 

@@ -80,7 +80,7 @@ def smoke_audit(
 class LiveAudit:
     """Audits ``share`` of the requests for as long as the server runs; in the engine's thread alone.
 
-    Greedy requests (nothing is drawn), those under a grammar (whose mask the scorer does not know) and very long prompts
+    Greedy requests (nothing is drawn), those under a grammar (which the scorer does not know) and very long prompts
     are skipped, and of a request's samples the first is looked at. No draft is scored, so drafts may come and go.
     """
 

@@ -6,7 +6,7 @@ import pytest
 from schemathesis import GenerationMode
 
 from tests.conftest import make_model
-from tests.serve_fuzz import FUZZED, fuzz
+from tests.serve_fuzz import FUZZED, LIMIT, fuzz
 from tests.serve_process import ServerProcess
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -18,7 +18,7 @@ def server(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("fuzz")
     target = make_model(folder / "target", tokenizer)
     draft = make_model(folder / "draft", tokenizer, layers=1, seed=1)
-    server = ServerProcess("--target", target, "--draft", draft, "--backend", "torch", "--admin-key", "root")
+    server = ServerProcess("--target", target, "--draft", draft, "--backend", "torch", "--admin-key", "root", *LIMIT)
     yield server
     assert server.stop() == 0
 
