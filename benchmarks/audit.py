@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from math import sqrt
+from math import log10, sqrt
 from multiprocessing import get_context
 from statistics import NormalDist
 from time import perf_counter
@@ -116,7 +116,7 @@ def try_correct(seed: int, options: argparse.Namespace) -> tuple[str, Verdict]:
 
 def correct(found: list[tuple[str, Verdict]], options: argparse.Namespace) -> dict[str, Any]:
     """False alarms at the level, and at a looser one at which a wrong level would show in so many audits."""
-    loose, count = -np.log10(options.loose), len(found)
+    loose, count = -log10(options.loose), len(found)
     bounds = [verdict.epsilon for _, verdict in found if verdict.epsilon is not None]
     by_kind = {name: sum(kind == name for kind, _ in found) for name in CORRECT}
     return {
