@@ -67,6 +67,7 @@ def test_soak(server) -> None:
     growth, settings = soak.growth(), {"target": TEACHER.name, "draft": "runs/quickstart/student"}
     result = {
         "seconds": SECONDS, "requests": total, "by_status": statuses, "faults": soak.faults, **settings,
+        "slowest_s": round(soak.slowest_s, 1),
         "by_kind": {f"{kind} {status or 'left'}": n for (kind, status), n in sorted(soak.statuses.items())},
         "memory_max_over_min_last_third": growth,
         "memory_mib": soak.memory_mib[:: max(len(soak.memory_mib) // 200, 1)],
