@@ -146,7 +146,7 @@ async def measure(
     """One round's loads on one server. ``rate`` None: 0.7 of what the full load finishes a second."""
     load = Load(url, args.tokens, args.temperature)
     await load.closed(warm_up, _WARM_UP)
-    found = {}
+    found: dict[str, list[Timing]] = {}
     for name, asked in share.items():
         if name == "poisson":
             found[name] = await load.poisson(asked, rate or default_rate(found["full"]), seed=0)
