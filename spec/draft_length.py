@@ -85,6 +85,10 @@ class Adaptive:
     Measured costs, and acceptance shared among sequences, make the text of a sampled request exact in law but *not*
     reproducible: timings differ from run to run, and with them the lengths. With ``costs`` fixed, a sequence's lengths
     follow from its own past alone: the same seed gives the same text, alone or in a batch.
+
+    Where costs are measured and drafting pays for nobody, one sequence at a time probes for all: at saturation a
+    sequence's own probe would come up in almost every step, and each takes a pass of the draft that reads what was
+    committed in between.
     """
 
     def __init__(
@@ -122,6 +126,7 @@ class Adaptive:
         self._sequences: dict[int, _Sequence] = {}
         self._measured = StepCosts()
         self._steps = 0
+        self._idle = 0  # steps since anybody drafted
 
     def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
         states = [self._sequence(context) for context in contexts]
@@ -134,6 +139,9 @@ class Adaptive:
             survival = self._survival(states, self._everyone.rates(self._prior))
             costs = self._measured
             best = best_lengths(survival, allowed, costs.draft_token(), costs.target).tolist()
+            if not any(best):
+                return self._one_probes(states, allowed)
+            self._idle = 0
         return [
             state.next_length(length, limit, self.probe_every)
             for state, length, limit in zip(states, best, allowed, strict=True)
@@ -148,10 +156,13 @@ class Adaptive:
         seconds_draft: float | None,
     ) -> None:
         for context, offered, passed in zip(contexts, drafted, accepted, strict=True):
-            self._sequence(context).observe(offered, passed, self.probe_every)
+            self._sequence(context).observe(offered, passed)
             self._everyone.observe(offered, passed)
         if seconds_target is not None and seconds_draft is not None:
-            self._measured.observe(sum(drafted) + len(drafted), seconds_target, max(drafted, default=0), seconds_draft)
+            # a proposal for a few of many is cheaper than one for all: it says nothing about what drafting would cost
+            typical = 2 * np.count_nonzero(drafted) >= len(drafted)
+            longest = max(drafted, default=0) if typical else 0
+            self._measured.observe(sum(drafted) + len(drafted), seconds_target, longest, seconds_draft)
 
     def forget(self, context: Context) -> None:
         self._sequences.pop(context.id, None)
@@ -165,6 +176,16 @@ class Adaptive:
     def _survival(states: Sequence[_Sequence], prior: np.ndarray) -> np.ndarray:
         return np.stack([state.acceptance.survival(prior) for state in states])
 
+    def _one_probes(self, states: Sequence[_Sequence], allowed: Sequence[int]) -> list[int]:
+        """[B] nobody drafts, but for the sequence that has waited longest, when a probe is due."""
+        self._idle += 1
+        last = max(range(len(states)), key=lambda b: (allowed[b] > 0, states[b].keen, states[b].rounds))
+        due = self._idle >= self.probe_every or states[last].keen
+        if due:
+            self._idle = 0
+        return [state.next_length(0, limit if due and b == last else 0, 1)
+                for b, (state, limit) in enumerate(zip(states, allowed, strict=True))]  # fmt: skip
+
     def _plain_step_due(self) -> bool:
         self._steps += 1
         return self._steps % self.probe_every == 2 % self.probe_every  # the first step also took in a prompt
@@ -175,20 +196,21 @@ class _Sequence:
 
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance = acceptance
-        self._rounds = 0  # since the last probe
+        self.rounds = 0  # since the last probe
+        self.keen = False  # all of the last round's probe was accepted, so the next one is at once
         self._probing = False  # the length of the last round was a probe
 
     def next_length(self, best: int, limit: int, probe_every: int) -> int:
-        self._rounds += 1
-        self._probing = self._rounds >= probe_every and best < limit
+        self.rounds += 1
+        self._probing = (self.keen or self.rounds >= probe_every) and best < limit
         if self._probing:
-            self._rounds = 0
+            self.rounds = 0
         return best + self._probing
 
-    def observe(self, drafted: int, accepted: int, probe_every: int) -> None:
+    def observe(self, drafted: int, accepted: int) -> None:
         self.acceptance.observe(drafted, accepted)
-        if self._probing and accepted == drafted:
-            self._rounds = probe_every  # and so again
+        if self._probing:
+            self.keen = accepted == drafted
         self._probing = False
 
 

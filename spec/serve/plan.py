@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from spec.serve.texts import Texts
 
 # Under an adaptive draft length the text of a seed depends on timing; at any fixed length it does not.
-SEEDED_DRAFT_LENGTH = 4
+SEEDED_DRAFT_LENGTH = 2  # loses less than 4 where the server is full (benchmarks/LOG.md)
 
 
 @dataclass(frozen=True)
