@@ -359,7 +359,8 @@ class Run:
 def throughput(stage: str, tokens: int, spent: dict[str, float]) -> dict[str, Any]:
     """Seconds and completion tokens a second of a stage and of each of its phases; ``spent`` by "stage/phase".
 
-    A phase's rate counts all tokens the stage trained on: a warm start's are scored once for all epochs.
+    A phase's rate counts all tokens the stage trained on: a warm start's are scored once for all epochs. Phases that a
+    stage does not have (under a thousandth of its time) have no rate.
     """
     seconds = {key.partition("/")[2]: value for key, value in spent.items() if key.startswith(stage + "/")}
     return {
@@ -367,5 +368,7 @@ def throughput(stage: str, tokens: int, spent: dict[str, float]) -> dict[str, An
         "seconds": round(sum(seconds.values()), 3),
         "tok_s": round(tokens / sum(seconds.values()), 1),
         "seconds_by_phase": {phase: round(value, 3) for phase, value in seconds.items()},
-        "tok_s_by_phase": {phase: round(tokens / value, 1) for phase, value in seconds.items() if value > 0},
+        "tok_s_by_phase": {
+            phase: round(tokens / value, 1) for phase, value in seconds.items() if value > 1e-3 * sum(seconds.values())
+        },
     }

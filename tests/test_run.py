@@ -101,9 +101,11 @@ def test_the_summary_says_how_fast_each_phase_was_and_what_produced_it(finished)
         steps = [r for r in lines(finished) if r["stage"] == stage]
         tokens = sum(r["completion_tokens"] for r in steps)
         for phase, seconds in entry["seconds_by_phase"].items():
-            if seconds > 0.01:  # rounded to thousandths
+            if seconds > max(0.01, 1e-3 * entry["seconds"]):  # rounded to thousandths
                 assert entry["tok_s_by_phase"][phase] == pytest.approx(tokens / seconds, rel=0.1)
-        assert set(entry["tok_s_by_phase"]) == {"rollout", "score", "update", "sync"}
+        present = {"score", "update"} if stage == "warm_start" else {"rollout", "score", "update", "sync"}
+        assert present <= set(entry["tok_s_by_phase"])
+        assert all(rate < 1000 * entry["tok_s"] * 1.01 for rate in entry["tok_s_by_phase"].values())
         in_steps = sum(r["seconds"]["score"] for r in steps)
         if stage == "warm_start":  # the teacher's scores were made before the first step
             assert entry["seconds_by_phase"]["score"] > 2 * in_steps
