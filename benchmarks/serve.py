@@ -8,8 +8,8 @@ Three loads of ``--requests`` streamed chats each, no prompt twice, every answer
   By default at 0.7 of what the first server of the first round finished a second when full; the same for every server.
 
 The requests are spread over ``--rounds``. In every other round the servers come in the opposite order, and ratios are
-taken within a round, since a machine's speed drifts. 32 tokens an answer keep four servers below 25 minutes on two
-cores; ``--loads alone --tokens 96`` is what benchmarks/decode.py measures at batch 1: only then are the two compared.
+taken within a round, since a machine's speed drifts. 32 tokens an answer are meant to keep four servers below half an
+hour on two cores; ``--loads alone --tokens 96`` is what benchmarks/decode.py measures at batch 1: only then are the two compared.
 
 Time to first token is taken from sending the request; per-token latency is a request's mean over the tokens after its
 first. vLLM's server is started by ``python -m spec.serve --backend vllm``, with this project's repairs and tuning.
