@@ -9,7 +9,8 @@ Three loads of ``--requests`` streamed chats each, no prompt twice, every answer
 
 The requests are spread over ``--rounds``. In every other round the servers come in the opposite order, and ratios are
 taken within a round, since a machine's speed drifts. 32 tokens an answer are meant to keep four servers below half an
-hour on two cores; ``--loads alone --tokens 96`` is what benchmarks/decode.py measures at batch 1: only then are the two compared.
+hour on two cores; ``--loads alone --tokens 96`` is what benchmarks/decode.py measures at batch 1: only then are the
+two compared.
 
 Time to first token is taken from sending the request; per-token latency is a request's mean over the tokens after its
 first. vLLM's server is started by ``python -m spec.serve --backend vllm``, with this project's repairs and tuning.
