@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import signal
 import threading
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
+from spec.serve.log import RequestLog
 from tests.conftest import make_model
 from tests.serve_process import ServerProcess
 
@@ -137,6 +139,16 @@ def test_an_engine_that_fails_ends_its_requests_and_the_process(target) -> None:
     assert json.loads(error)["error"]["message"] == message and done == "[DONE]"
     assert server.process.wait(30) == 1 and server.event("stopped", reason="engine failed")
     assert "the device is gone" in server.event("engine_failed")["error"]
+
+
+def test_a_log_line_is_one_write() -> None:
+    """Threads that log at once cannot cut each other's lines."""
+    writes: list[str] = []
+    stream = io.StringIO()
+    stream.write = writes.append  # type: ignore[method-assign, assignment]
+    RequestLog(stream=stream).write("engine_failed", error="the device is gone", request=None)
+    (line,) = writes
+    assert line.endswith("}\n") and json.loads(line)["error"] == "the device is gone" and "request" not in line
 
 
 def test_without_an_engine_the_server_is_alive_and_not_ready(target) -> None:

@@ -20,7 +20,9 @@ class RequestLog:
         """One line: the time, the event, and the fields that are not None."""
         given = {name: value for name, value in fields.items() if value is not None}
         line = {"time": round(time.time(), 3), "event": event, **given}
-        print(json.dumps(line, ensure_ascii=False, default=str), file=self._stream, flush=True)
+        # One write a line: several threads log, and print() writes the end of a line separately.
+        self._stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+        self._stream.flush()
 
     def request(self, scope: Mapping[str, Any], status: int, seconds: float) -> None:
         """One answered request; handlers put what they know into ``scope["facts"]``."""
