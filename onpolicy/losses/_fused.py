@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+
+from onpolicy.losses._threads import in_threads
 
 # name -> (code of the kernel, option that it takes)
 _CODES: Mapping[str, tuple[int, str | None]] = {
@@ -64,23 +65,12 @@ def run(
     factors = torch.zeros(rows) if scale is None else scale.to(torch.float32) / temperature
     bits = torch.empty(rows, 0, dtype=torch.int16) if rounded is None else rounded.view(torch.int16)
     arrays = [x.numpy() for x in (student, teacher, bits, ids, factors, stats)]
-    threads = max(1, min(torch.get_num_threads(), rows))
-    bounds = [rows * i // threads for i in range(threads + 1)]
 
-    def work(i: int) -> None:
-        kernels.rows(code, parameter, 1 / temperature, scale is not None, bounds[i], bounds[i + 1], *arrays)
+    def work(first: int, last: int) -> None:
+        kernels.rows(code, parameter, 1 / temperature, scale is not None, first, last, *arrays)
 
-    if threads == 1:
-        work(0)
-    else:
-        list(_pool(threads).map(work, range(threads)))
+    in_threads(rows, work)
     value, entropy, student_logprobs, teacher_logprobs = stats
     if token_ids is None:
         return value, entropy, None, None, rounded
     return value, entropy, student_logprobs, teacher_logprobs, rounded
-
-
-@lru_cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    """Threads for the kernels, which release the interpreter lock; numba's own layer would be a third thread pool."""
-    return ThreadPoolExecutor(threads, thread_name_prefix="onpolicy-losses")

@@ -1,8 +1,9 @@
 """Matrix products of the chunked loss: hidden states to float32 logits, and gradients back.
 
 Logits are float32 even for bf16 models: rounding a logit of 16 to bf16 moves its log-probability by up to 0.06 nats.
-The fast product of bf16 values with a float32 result is, on CPUs, oneDNN's float32 product with bf16 arithmetic
-inside (exact here, because the operands *are* bf16 values), and on CUDA ``torch.mm(..., out_dtype=float32)``.
+The product of bf16 values with a float32 result is, on CUDA, ``torch.mm(..., out_dtype=float32)``; on CPUs that
+multiply bf16 values our own (:mod:`onpolicy.losses._bf16_products`), and otherwise oneDNN's float32 product, with bf16
+arithmetic inside where the CPU has a matrix unit (exact here, because the operands *are* bf16 values).
 
 Shape legend: n tokens of a chunk, V vocabulary, D hidden size.
 """
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from onpolicy.losses import _workspace
+from onpolicy.losses import _bf16_products, _workspace
 
 _TILE_ROWS = 16384  # head rows widened at a time: 36 MiB for D = 576
 
@@ -30,7 +31,8 @@ class Projection:
         self.head, self.bias = head[:vocab], None if bias is None else bias[:vocab]
         self.dtype = product_dtype(hidden, head)
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self._widened = hidden.device.type == "cpu" and self.dtype in (torch.bfloat16, torch.float16)
+        self._widened = hidden.device.type == "cpu" and self.low_precision
+        self._own = self._widened and self.dtype == torch.bfloat16 and _bf16_products.supports(hidden, self.head)
 
     @property
     def low_precision(self) -> bool:
@@ -42,7 +44,9 @@ class Projection:
         if out.dtype != self.accumulate:  # a float32 teacher of a float64 student, or the reverse
             return out.copy_(self.logits(hidden, torch.empty_like(out, dtype=self.accumulate)))
         hidden = hidden.to(self.dtype)
-        if self._widened:
+        if self._own and out.is_contiguous():
+            _bf16_products.logits(hidden, self.head, out)
+        elif self._widened:
             self._widened_logits(hidden.float(), out)
         elif self.low_precision:
             torch.mm(hidden, self.head.to(self.dtype).t(), out_dtype=torch.float32, out=out)

@@ -1,0 +1,56 @@
+"""Logits of bf16 hidden states and heads in float32, on CPUs that multiply bf16 values but have no matrix unit.
+
+torch has none there: its bf16 product rounds the result, and oneDNN's float32 product that may use bf16 arithmetic
+inside does not use VDPBF16PS, so it runs at the speed of float32 (`python -m benchmarks.projection`).
+numba is imported and the kernels compiled (then cached on disk) at the first use.
+
+Shape legend: n tokens, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from onpolicy.losses._threads import in_threads
+
+
+@lru_cache
+def available() -> bool:
+    """Whether this CPU has the instruction and numba can be imported. With AMX, oneDNN is the faster one."""
+    found = torch.cpu.get_capabilities()
+    return (
+        bool(found.get("avx512_bf16")) and not found.get("amx_bf16") and importlib.util.find_spec("numba") is not None
+    )
+
+
+def supports(hidden: Tensor, head: Tensor) -> bool:
+    """Whether products of these two, on the CPU and with bf16 operands, can be taken here."""
+    return available() and head.shape[1] % 2 == 0 and head.is_contiguous() and head.dtype in _WORDS
+
+
+def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """``out`` [n, V] float32 = hidden [n, D] bf16 @ head.T [D, V], a float32 head rounded to bf16. All contiguous."""
+    from onpolicy.losses import _bf16_kernels as kernels
+
+    pairs = hidden.shape[1] // 2
+    packed = np.empty((-(-len(hidden) // kernels.HEIGHT), pairs, kernels.HEIGHT), np.uint32)
+    kernels.pack_rows(_words(hidden), packed)
+    words, result = _words(head), out.numpy()
+
+    def work(first: int, last: int) -> None:
+        kernels.logits(first, last, words, packed, result)
+
+    in_threads(-(-len(head) // kernels.WIDTH), work)
+
+
+_WORDS = {torch.bfloat16, torch.float32}
+
+
+def _words(matrix: Tensor) -> np.ndarray:
+    """The bits of a matrix, [rows, bytes of a row / 4]."""
+    return matrix.contiguous().view(torch.uint8).numpy().view(np.uint32)

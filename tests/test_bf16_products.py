@@ -1,0 +1,61 @@
+"""Logits of bf16 hidden states in float32: against float64, at every kind of remainder, on any number of threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onpolicy.losses import _bf16_products
+from onpolicy.losses._projection import Projection
+
+pytestmark = pytest.mark.skipif(not _bf16_products.available(), reason="needs a CPU that multiplies bf16")
+
+SHAPES = [(1, 1, 2), (12, 32, 64), (13, 33, 66), (5, 95, 30), (40, 130, 576)]  # n, V, D
+
+
+@pytest.fixture(params=(1, 2))
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> bool:
+    """Within float32 rounding of sums whose terms have absolute values that add up to ``size``."""
+    return bool(((found.double() - exact).abs() <= 1e-6 * size + 1e-30).all())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> None:
+    n, vocab, size = shape
+    hidden, head = torch.randn(n, size).bfloat16(), torch.randn(vocab, size).to(dtype)
+    assert _bf16_products.supports(hidden, head)
+    out = torch.full((n, vocab), torch.nan)
+    _bf16_products.logits(hidden, head, out)
+    left, right = hidden.double(), head.bfloat16().double()
+    assert close(out, left @ right.T, left.abs() @ right.abs().T)
+
+
+def test_a_float32_head_is_rounded_as_torch_rounds_it() -> None:
+    """To nearest, ties to even; infinite and NaN stay what they are and touch no other row."""
+    bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF, 0x00010000 << 7])
+    head = torch.zeros(len(bits), 2)
+    head[:, 1] = bits.to(torch.int32).view(torch.float32)
+    out = torch.empty(1, len(bits))
+    _bf16_products.logits(torch.tensor([[0.0, 1.0]]).bfloat16(), head, out)
+    assert torch.equal(out[0].nan_to_num(7, 8, 9), head[:, 1].bfloat16().float().nan_to_num(7, 8, 9))
+
+
+def test_projections_use_them(monkeypatch) -> None:
+    """And what they cannot do goes the other way, with the same result."""
+    calls = []
+    product = _bf16_products.logits
+    monkeypatch.setattr(_bf16_products, "logits", lambda *a: (calls.append(1), product(*a)))
+    hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(40, 8).bfloat16()
+    results = [
+        Projection(hidden, weights, None, 40).logits(hidden, torch.empty(3, 40))
+        for weights in (head, head.t().contiguous().t())
+    ]
+    assert len(calls) == 1 and torch.allclose(*results)
