@@ -1,4 +1,4 @@
-"""One run from configuration to summary: what is checked, built, executed and left behind."""
+"""One run from configuration to summary: what is built, in which order it is used, how it stops and goes on."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import torch
 import yaml
 
 from onpolicy import checks
-from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, disk_errors, write_json
+from onpolicy.checkpoint import CheckpointStore, DiskFullError, atomic_file, disk_errors
 from onpolicy.draws import Draws
 from onpolicy.evaluate.heldout import HeldOut
-from onpolicy.metrics import JsonLines, Progress, Silent, peak_rss_gib
-from onpolicy.models import check_shared_prompts, head_weight, load_causal_lm
+from onpolicy.metrics import JsonLines, Progress, Silent
+from onpolicy.models import check_shared_prompts, load_causal_lm
 from onpolicy.optimization import NonFiniteError
 from onpolicy.parity import ParityError
-from onpolicy.prepare import Prepared, engine_name, plain
+from onpolicy.prepare import Prepared, plain
 from onpolicy.processes import Processes, is_first
-from onpolicy.rollouts.files import load_rollouts, save_rollouts
+from onpolicy.results import Outcome, leave
+from onpolicy.rollouts.opening import open_sampler
 from onpolicy.setting_checks import ignored_settings
 from onpolicy.stages import Stage, StageSettings
 from onpolicy.stages.on_policy import OnPolicy
 from onpolicy.stages.warm_start import WarmStart
 from onpolicy.student import build_student
 from onpolicy.task import answer_grader
+from onpolicy.teacher_samples import TeacherSamples
 from onpolicy.teachers.local import LocalTeacher
 from onpolicy.teachers.panel import open_panel
 from onpolicy.trainer import Trainer
-from onpolicy.types import Source
 from onpolicy.updates import divergence_update, loss_temperature, make_update
-from spec.provenance import provenance
 
 if TYPE_CHECKING:
     from onpolicy.rollouts.base import Sampler
@@ -87,6 +87,7 @@ class Run:
     def __init__(self, prepared: Prepared):
         self.prepared, self.config, self.directory = prepared, prepared.config, prepared.directory
         self.draws = Draws(prepared)
+        self.teacher_samples = TeacherSamples(self.directory / "samples", prepared, self.draws)
         self.started = time.perf_counter()
         self.resources = contextlib.ExitStack()
         self.stopping = False
@@ -150,7 +151,9 @@ class Run:
                 yaml.safe_dump(plain(config), file, sort_keys=False)
         for note in ignored_settings(config):
             self.progress.say(f"note: {note}")
-        self._teacher_samples()
+        if self.main:  # the others wait
+            self.teacher_samples.draw(self.device, self.progress, self._watched("tokens, at most"))
+        self.processes.wait()
         teacher_model = load_causal_lm(config.teacher.model, getattr(torch, config.teacher.dtype), self.device)
         self.student = build_student(config.student, teacher_model, self.device, self.prepared.used_ids)
         self.processes.start_alike(list(self.student.trainable().values()))
@@ -202,28 +205,11 @@ class Run:
         }
         self.accelerator.init_trackers("tracker", config=settings, init_kwargs=kwargs)
 
-    def open_sampler(self, model_dir: str, source: Source) -> Sampler:
-        """The engine the configuration asks for, on a checkpoint directory."""
-        config = self.config.rollouts
-        prompts = [*self.prepared.train_prompts, *self.prepared.heldout_prompts]
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        tokens = max(self.config.sampling.max_tokens, self.config.evaluation.max_tokens)
-        shared: dict[str, Any] = {
-            "source": source, "max_model_len": longest + tokens, "max_num_seqs": config.max_num_seqs,
-            "used_ids": self.prepared.used_ids,
-        }  # fmt: skip
-        if engine_name(self.config) == "transformers":
-            from onpolicy.rollouts.transformers_sampler import TransformersSampler
-
-            return TransformersSampler(load_causal_lm(model_dir, getattr(torch, config.dtype), self.device), **shared)
-        from onpolicy.rollouts.vllm_local import VLLMSampler
-
-        return VLLMSampler(model_dir, dtype=config.dtype, kv_cache_gib=config.kv_cache_gib, **shared)
-
     def _open_student_sampler(self) -> Sampler:
         if self.sampler is None:
             with self._saved_student() as directory:
-                self.sampler = self.resources.enter_context(self.open_sampler(directory, "student"))
+                opened = open_sampler(self.prepared, directory, "student", self.device)
+                self.sampler = self.resources.enter_context(opened)
         return self.sampler
 
     @contextlib.contextmanager
@@ -238,37 +224,14 @@ class Run:
         if self.main:
             shutil.rmtree(directory)
 
-    # -- the teacher's own samples, drawn once and kept
-
-    def _teacher_samples(self) -> None:
-        """Draw what the warm start and the evaluation need of the teacher, unless an earlier start left it here."""
-        wanted = list(self.draws.of_teacher())
-        missing = [job for job in wanted if not self._samples_file(job[0]).exists()]
-        if missing and self.main:  # the others wait
-            from onpolicy.teachers.convert import resolve_model
-
-            with self.open_sampler(resolve_model(self.config.teacher.model), "teacher") as sampler:
-                for name, prompts, params in missing:
-                    total = len(prompts) * params.n * params.max_tokens
-                    self.progress.stage(f"teacher samples: {name}", total)
-                    drawn = sampler.generate(prompts, params, self._watched("tokens, at most"))
-                    save_rollouts(self._samples_file(name), drawn)
-        self.processes.wait()
-        kept = {name: load_rollouts(self._samples_file(name)) for name, _, _ in wanted}
-        self.warm_start_rollouts = kept.get("warm_start", [])
-        self.teacher_rollouts = {False: kept.get("sampled", []), True: kept.get("greedy", [])}
-
     def _held_out(self) -> HeldOut | None:
         prompts, batching = self.draws.heldout_prompts(), self.config.batching
         if not prompts:
             return None
         return HeldOut(
-            prompts, self.draws.heldout(), self.teacher_rollouts, self.teacher,
+            prompts, self.draws.heldout(), self.teacher_samples.heldout(), self.teacher,
             token_budget=batching.token_budget, share_prompts=batching.share_prompts,
         )  # fmt: skip
-
-    def _samples_file(self, name: str) -> Path:
-        return self.directory / "samples" / f"teacher_{name}.jsonl"
 
     # -- stages and evaluation
 
@@ -278,10 +241,10 @@ class Run:
         stages: list[Stage] = []
         if config.warm_start.num_prompts:
             warm = config.warm_start
-            rollouts = self.warm_start_rollouts
+            update = divergence_update(warm.divergence, temperature, normalize)
             stages.append(
                 WarmStart(
-                    rollouts, self.teacher, divergence_update(warm.divergence, temperature, normalize),
+                    self.teacher_samples.warm_start(), self.teacher, update,
                     token_budget=config.batching.token_budget, share_prompts=config.batching.share_prompts,
                     progress=self._watched("tokens scored"),
                     epochs=warm.epochs, rollouts_per_step=warm.rollouts_per_step,
@@ -322,53 +285,9 @@ class Run:
     # -- the end
 
     def _finish(self) -> Path:
-        from onpolicy.evaluate.card import write_model_card
-        from onpolicy.evaluate.report import write_report
-
         if self.main:
-            summary = self.summary()
-            student = self.directory / "student"
-            self.student.save(student, self.prepared.tokenizer)
-            self._choose_draft_vocabulary(student)
-            write_model_card(student, self.config, summary)
-            write_report(self.directory / "report.html", self.directory / "metrics.jsonl", summary)
-            write_json(self.prepared.summary, summary)  # last: its presence says that the run is complete
+            state = self.trainer.state
+            outcome = Outcome(self.trainer.elapsed(), state.heldout, state.tokens, state.seconds)
+            leave(self.prepared, self.student, self.teacher_samples, outcome)
         self.processes.wait()
         return self.prepared.summary
-
-    def _choose_draft_vocabulary(self, student: Path) -> None:
-        """What the head keeps when the student drafts; never chosen by held-out samples."""
-        from spec.drafters.vocabulary import build
-
-        samples, size = self._samples_file("warm_start"), self.config.student.draft_vocabulary
-        if size and samples.exists() and size < len(head_weight(self.student.model)):
-            build(student, [samples], size=size)
-
-    def summary(self) -> dict[str, Any]:
-        """What got better, how fast, at which memory, and what produced it."""
-        state = self.trainer.state
-        return {
-            "seconds": round(self.trainer.elapsed(), 1),
-            "peak_rss_gib": round(peak_rss_gib(), 2),
-            "heldout": {label: {k: round(v, 5) for k, v in f.items()} for label, f in state.heldout.items()},
-            "throughput": {name: throughput(name, tokens, state.seconds) for name, tokens in state.tokens.items()},
-            "provenance": provenance(),
-        }
-
-
-def throughput(stage: str, tokens: int, spent: dict[str, float]) -> dict[str, Any]:
-    """Seconds and completion tokens a second of a stage and of each of its phases; ``spent`` by "stage/phase".
-
-    A phase's rate counts all tokens the stage trained on: a warm start's are scored once for all epochs. Phases that a
-    stage does not have (under a thousandth of its time) have no rate.
-    """
-    seconds = {key.partition("/")[2]: value for key, value in spent.items() if key.startswith(stage + "/")}
-    return {
-        "completion_tokens": tokens,
-        "seconds": round(sum(seconds.values()), 3),
-        "tok_s": round(tokens / sum(seconds.values()), 1),
-        "seconds_by_phase": {phase: round(value, 3) for phase, value in seconds.items()},
-        "tok_s_by_phase": {
-            phase: round(tokens / value, 1) for phase, value in seconds.items() if value > 1e-3 * sum(seconds.values())
-        },
-    }

@@ -60,8 +60,8 @@ def test_only_the_first_process_minds_what_is_in_the_directory(tiny_settings, tm
 
 
 def test_the_sampler_stands_where_the_run_does(tiny_settings, tmp_path, monkeypatch) -> None:
-    from onpolicy import run
     from onpolicy.models import load_causal_lm
+    from onpolicy.rollouts import opening
 
     config, resume = parse(as_options({**tiny_settings, "output_dir": str(tmp_path)}))
     asked = []
@@ -70,8 +70,6 @@ def test_the_sampler_stands_where_the_run_does(tiny_settings, tmp_path, monkeypa
         asked.append(device)
         return load_causal_lm(name, dtype)
 
-    monkeypatch.setattr(run, "load_causal_lm", load)
-    opened = run.Run(prepare(config, resume))
-    opened.device = torch.device("cuda", 3)
-    with opened.open_sampler(config.teacher.model, "student"):
+    monkeypatch.setattr(opening, "load_causal_lm", load)
+    with opening.open_sampler(prepare(config, resume), config.teacher.model, "student", torch.device("cuda", 3)):
         assert asked == [torch.device("cuda", 3)]

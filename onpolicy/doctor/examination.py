@@ -22,8 +22,8 @@ from onpolicy.models import read_causal_lm
 from onpolicy.prepare import engine_name, survey
 from onpolicy.prompts import end_of_turn_id
 from onpolicy.prompts.load import load_examples
+from onpolicy.rollouts.opening import open_sampler
 from onpolicy.rollouts.transformers_sampler import TransformersSampler
-from onpolicy.run import Run
 from onpolicy.seeds import derive
 from onpolicy.setting_checks import ignored_settings
 from onpolicy.student import build_student
@@ -160,7 +160,7 @@ class Examination:
         with tempfile.TemporaryDirectory() as scratch:
             with self.timer("engine"):
                 self.student.save(Path(scratch), self.prepared.tokenizer)
-                engine = Run(self.prepared).open_sampler(scratch, "student")
+                engine = open_sampler(self.prepared, scratch, "student", self.device)
             with engine:
                 with self.timer("sampler's checks"):
                     engine.sync(self.student.weights(), 0)  # as before a run's first rollouts
