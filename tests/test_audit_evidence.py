@@ -143,7 +143,12 @@ def test_gross_mutants_are_found_within_a_few_hundred_tokens(name: str, tokens: 
 
 
 @pytest.mark.parametrize(
-    ("name", "seed", "fault"), [("AcceptUniformReused", 0, "unnamed"), ("LenientAcceptance", 2, "lenient acceptance")]
+    ("name", "seed", "fault"),
+    [
+        ("AcceptUniformReused", 0, "unnamed"),
+        ("LenientAcceptance", 2, "lenient acceptance"),
+        ("BlockVerificationWrong", 0, "strict acceptance"),
+    ],
 )
 def test_subtle_mutants_are_found_within_ten_thousand_tokens(name: str, seed: int, fault: str) -> None:
     verdict = try_one(name, seed, tokens=10_000)

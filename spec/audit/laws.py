@@ -84,7 +84,8 @@ def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -
     yield "uniform noise", _uniform(p, chosen)
     if q is not None:
         yield "draft leak", ratio(q, p, rows.tokens)
-        yield "lenient acceptance", ratio(_lenient(p, q), p, rows.tokens)
+        yield "lenient acceptance", ratio(_accepted(p, q, 2.0), p, rows.tokens)
+        yield "strict acceptance", ratio(_accepted(p, q, 0.5), p, rows.tokens)
         yield "draft's argmax leaks", _one_hot(q.argmax(-1), p, rows.tokens, chosen)
 
 
@@ -132,9 +133,9 @@ def _garbage(rows: Rows, p: Tensor) -> Tensor:
     return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
 
 
-def _lenient(p: Tensor, q: Tensor) -> Tensor:
-    """[n, V] one drafted token, accepted with min(1, 2 p/q); less lenient is nearly a share of it."""
-    taken = torch.minimum(q, 2 * p)
+def _accepted(p: Tensor, q: Tensor, factor: float) -> Tensor:
+    """[n, V] one drafted token, accepted with min(1, factor p/q); a factor nearer 1 is nearly a share of it."""
+    taken = torch.minimum(q, factor * p)
     residual = (p - q).clamp(min=0)
     mass = residual.sum(-1, keepdim=True)
     left = (1 - taken.sum(-1, keepdim=True)).clamp(min=0)
