@@ -55,7 +55,7 @@ def test_scores_are_those_of_the_processed_law_at_every_prefix() -> None:
                 assert hit[at] in (0, 1) and 0 <= expected[at] <= 1
 
 
-def test_pieces_of_any_size_and_many_samples_give_the_same_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pieces_of_any_size_and_many_samples_give_the_same_scores() -> None:
     """Also where a piece ends within a completion, whose next row needs the law of the row before."""
     samples = [
         Sample(PROMPT, SAID, EVERYTHING),
@@ -63,8 +63,8 @@ def test_pieces_of_any_size_and_many_samples_give_the_same_scores(monkeypatch: p
         Sample(PROMPT, (), Params()),
     ]
 
-    def score() -> list[np.ndarray]:
-        scored = Scorer(ModelConditionals(table(0)), ModelConditionals(table(1))).score(samples)
+    def score(**options: int) -> list[np.ndarray]:
+        scored = Scorer(ModelConditionals(table(0)), ModelConditionals(table(1)), **options).score(samples)
         return [
             scored.log_p,
             scored.pit,
@@ -73,9 +73,8 @@ def test_pieces_of_any_size_and_many_samples_give_the_same_scores(monkeypatch: p
             *(x for pair in scored.ratios.values() for x in pair),
         ]
 
-    whole = score()
-    monkeypatch.setattr("spec.audit.scoring._MOST_ROWS", 3)
-    for a, b in zip(whole, score(), strict=True):
+    three_rows = score(elements=3 * table(0).vocab_size)
+    for a, b in zip(score(), three_rows, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-12)
 
 

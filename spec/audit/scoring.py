@@ -28,7 +28,6 @@ from spec.audit.laws import RECENT, Rows, at_tokens, draft_law, named_ratios, ta
 from spec.audit.sample import UNKNOWN, Sample
 from spec.params import Params
 
-_ELEMENTS = 8_000_000  # of one [n, V] piece: 32 MB in float32, of which some ten are alive at a time
 _MOST_ROWS = 8192
 _REMEMBERED = 2**18  # tokens of requests and answers: some 10 MB
 
@@ -64,6 +63,7 @@ class Scorer:
     target: Conditionals
     draft: Conditionals | None = None
     seed: int = 0  # of the noise v
+    elements: int = 8_000_000  # of one [n, V] piece: 32 MB in float32, of which some ten are alive at a time
     _answers: dict[tuple[tuple[int, ...], Params], tuple[int, ...]] = field(default_factory=dict)
     _remembered: int = 0  # tokens in _answers
     _noise: np.random.Generator = field(init=False)
@@ -84,7 +84,7 @@ class Scorer:
                     "against the target it runs, with that target's tokenizer"
                 )
         twins = [self._twin(sample) for _, sample in kept]
-        most = max(1, min(_ELEMENTS // self.target.vocab_size, _MOST_ROWS))
+        most = max(1, min(self.elements // self.target.vocab_size, _MOST_ROWS))
         parts, last = [], None
         for rows, draft_logits in self._pieces([s for _, s in kept], twins, most):
             p = target_law(rows)

@@ -48,6 +48,7 @@ SMOKE = Settings(delta=1e-6, epsilon=0.3, max_tokens=16, tolerance=2e-3)
 _TOGETHER = 4  # sequences of a smoke audit at once
 _MOST = 64  # tokens of a live answer that are looked at, from its first
 _PART = 256  # tokens of a forward pass between two steps of the engine
+_ELEMENTS = 1_000_000  # of a scored piece, see Scorer: every answer needs as much, so that memory soon stops growing
 _LONGEST_PROMPT = 4096
 _BACKLOG = 256  # chosen answers that wait for earlier ones to end, and as many that wait to be scored
 
@@ -170,7 +171,7 @@ class _StepScorer:
 
     def __init__(self, target: LanguageModel):
         self._target, self._rows = target, _Rows(torch.zeros(0, target.vocab_size), target.vocab_size)
-        self._scorer = Scorer(self._rows)
+        self._scorer = Scorer(self._rows, elements=_ELEMENTS)
 
     def score(self, sample: Sample) -> Check[Scored]:
         self._rows.logits = yield from _logits(self._target, sample)
