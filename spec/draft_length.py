@@ -35,12 +35,13 @@ class DraftLength(Protocol):
         accepted: Sequence[int],
         seconds_target: float | None,
         seconds_draft: float | None,
+        prompt_rows: int = 0,
     ) -> None:
         """What became of that step, plain ones (all K_b = 0) included: [B] drafted and accepted tokens.
 
-        ``seconds_target`` is the target's forward with verification, ``seconds_draft`` the whole proposal; None where
-        they are not comparable, as in a step that also took in a prompt. Such a step is still to be observed, or what
-        a sequence learns would depend on who else is in the batch.
+        ``seconds_target`` is the target's forward with verification, in which ``prompt_rows`` tokens of prompts may
+        have been read too; ``seconds_draft`` the whole proposal; None where they are not the policy's doing. Such a
+        step is still to be observed, or what a sequence learns would depend on who else is in the batch.
         """
 
     def forget(self, context: Context) -> None:
@@ -66,6 +67,7 @@ class Fixed:
         accepted: Sequence[int],
         seconds_target: float | None,
         seconds_draft: float | None,
+        prompt_rows: int = 0,
     ) -> None:
         """Nothing is learnt."""
 
@@ -154,6 +156,7 @@ class Adaptive:
         accepted: Sequence[int],
         seconds_target: float | None,
         seconds_draft: float | None,
+        prompt_rows: int = 0,
     ) -> None:
         for context, offered, passed in zip(contexts, drafted, accepted, strict=True):
             self._sequence(context).observe(offered, passed)
@@ -162,7 +165,8 @@ class Adaptive:
             # a proposal for a few of many is cheaper than one for all: it says nothing about what drafting would cost
             typical = 2 * np.count_nonzero(drafted) >= len(drafted)
             longest = max(drafted, default=0) if typical else 0
-            self._measured.observe(sum(drafted) + len(drafted), seconds_target, longest, seconds_draft)
+            rows = sum(drafted) + len(drafted) + prompt_rows
+            self._measured.observe(rows, seconds_target, longest, seconds_draft)
 
     def forget(self, context: Context) -> None:
         self._sequences.pop(context.id, None)

@@ -192,8 +192,8 @@ class Engine:
         contexts = [sample.context for sample in speaking]
         verdict = decide(logits, contexts, proposal.drafts, proposal.tokens, self.mode)
         seconds = time.perf_counter() - begin
-        reading = any(turn.prefill for turn in turns)  # whose seconds would be taken for verification's
-        self._proposer.observe(speaking, proposal, verdict.accepted, None if reading else seconds)
+        prompt_rows = sum(turn.tokens for turn in turns) - len(speaking)
+        self._proposer.observe(speaking, proposal, verdict.accepted, seconds, prompt_rows)
         for b, sample in enumerate(speaking):
             ended = self._commit(sample, b, proposal, verdict)
             if ended is not None:

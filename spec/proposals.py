@@ -62,23 +62,24 @@ class Proposer:
         )  # fmt: skip
 
     def observe(
-        self, samples: Sequence[Sample], proposal: Proposal, accepted: list[int], seconds: float | None
+        self, samples: Sequence[Sample], proposal: Proposal, accepted: list[int], seconds: float, prompt_rows: int
     ) -> None:
         """Tells the policy what became of the sequences it decided for, in every step.
 
-        ``seconds`` the target took, None where the step did more than verify. Timings of a step in which a request had
+        ``seconds`` the target took, for ``prompt_rows`` tokens of prompts too. Timings of a step in which a request had
         a length of its own are not the policy's doing and not passed on.
         """
         mine = proposal.by_policy
         if not mine:
             return
-        timed = seconds is not None and len(mine) == len(samples)
+        timed = len(mine) == len(samples)
         self._policy.observe(
             [samples[b].context for b in mine],
             [proposal.lengths[b] for b in mine],
             [accepted[b] for b in mine],
             seconds if timed else None,
             proposal.seconds if timed else None,
+            prompt_rows,
         )
 
     def commit(self, sample: Sample, accepted: int) -> None:

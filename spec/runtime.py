@@ -23,6 +23,7 @@ import sysconfig
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+LARGEST_CACHE = 4 * 2**30  # bytes of vLLM's keys and values on a CPU, where nobody says how many
 _GUARD = "ONPOLICY_TUNED"  # set in the environment of the restarted program, so that it restarts no more
 _OFF = "ONPOLICY_NO_TUNE"
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")

@@ -18,6 +18,8 @@ class StepCosts:
 
     Between numbers of rows that have been timed the cost is interpolated; beyond them it is taken as that of the
     nearest, which is what a step bound by reading the weights costs. If that is too hopeful, trying it corrects it.
+    A prompt's row counts as one, though it has no output row: where requests come and go there is a prompt in most
+    steps, and without these nothing would be learnt of a full batch.
     """
 
     def __init__(self) -> None:

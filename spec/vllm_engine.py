@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from spec.runtime import LARGEST_CACHE
+
 if TYPE_CHECKING:
     from vllm.v1.engine.llm_engine import LLMEngine
 
-LARGEST_CACHE = 4 * 2**30  # bytes of keys and values, where nobody says how many
 # Said at every start or sync, and either intended here or of no consequence.
 _HARMLESS = {
     "vllm.engine.arg_utils": ("The global random seed is set to",),

@@ -200,6 +200,20 @@ def test_where_drafting_pays_for_nobody_one_probes_for_all() -> None:
     assert run(everyone[:1], 300)[200:].mean() > 2
 
 
+def test_a_full_batch_is_learnt_from_steps_that_all_read_a_prompt() -> None:
+    """Requests that come and go, after one that was alone; every step is bound by its rows."""
+    policy, few, many = Adaptive(4), [Context(0, Params(), ())], [Context(i, Params(), ()) for i in range(1, 33)]
+    drafted = []
+    for step in range(60):
+        contexts, prompt_rows = (few, 0) if step < 30 else (many, 40)
+        lengths = policy.lengths(contexts, [4] * len(contexts))
+        rows = len(contexts) + sum(lengths) + prompt_rows
+        accepted = [length // 2 for length in lengths]
+        policy.observe(contexts, lengths, accepted, float(max(8, rows)), 0.5 * max(lengths), prompt_rows)
+        drafted.append(sum(lengths))
+    assert sum(drafted[:30]) > 20 and sum(drafted[40:]) <= 2
+
+
 @pytest.mark.parametrize("costs", [(0.1, 1.0), None])
 def test_it_recovers(costs: tuple[float, float] | None) -> None:
     machine = Machine(Adaptive(8, costs), 0.1, lambda rows: 1.0)

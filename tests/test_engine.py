@@ -39,7 +39,7 @@ class Moody:
     def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
         return [min(self.next.get(c.id, 1), limit) for c, limit in zip(contexts, limits, strict=True)]
 
-    def observe(self, contexts, drafted, accepted, seconds_target, seconds_draft) -> None:
+    def observe(self, contexts, drafted, accepted, seconds_target, seconds_draft, prompt_rows) -> None:
         for context, size, kept in zip(contexts, drafted, accepted, strict=True):
             self.next[context.id] = size + 2 if kept == size else 0 if self.next.get(context.id, 1) else 2
 
@@ -266,7 +266,7 @@ def test_draft_length_0_is_plain_decoding(llama, drafts) -> None:
 
 
 def test_the_policy_learns_what_became_of_its_drafts() -> None:
-    """Every step, without the seconds of those that read a prompt; nothing of requests with a length of their own."""
+    """Every step, and what it read of prompts; nothing of requests with a length of their own."""
 
     class Recorder(Fixed):
         def __init__(self) -> None:
@@ -274,10 +274,8 @@ def test_the_policy_learns_what_became_of_its_drafts() -> None:
             self.seen: list[tuple[list[int], list[int], list[int]]] = []
             self.forgotten: list[int] = []
 
-        def observe(self, contexts, drafted, accepted, seconds_target, seconds_draft) -> None:
-            reads_prompt = not self.seen
-            for seconds in (seconds_target, seconds_draft):
-                assert seconds is None if reads_prompt else seconds > 0
+        def observe(self, contexts, drafted, accepted, seconds_target, seconds_draft, prompt_rows) -> None:
+            assert seconds_target > 0 and seconds_draft > 0 and prompt_rows == (0 if self.seen else 3)
             self.seen.append(([context.id for context in contexts], list(drafted), list(accepted)))
 
         def forget(self, context: Context) -> None:
@@ -285,7 +283,7 @@ def test_the_policy_learns_what_became_of_its_drafts() -> None:
 
     model, policy = TableModel(scripted(range(5, 25), 30, 2), 30), Recorder()
     engine = Engine(model, ModelDrafter(model, model), draft_length=policy)
-    request = Request([1, 2], Params(temperature=0), max_tokens=11)
+    request = Request([0, 3, 1, 2], Params(temperature=0), max_tokens=11)
     engine.generate([request])
     assert policy.seen == [([0], [3], [3]), ([0], [3], [3]), ([0], [2], [2])] and policy.forgotten == [0]
     engine.generate([replace(request, draft_length=2)])

@@ -189,6 +189,17 @@ def test_vllms_server_gets_a_speculative_configuration_and_no_secret_on_its_comm
     assert arguments["--load-format"] == "safetensors"
 
 
+def test_vllm_on_a_cpu_takes_a_bounded_cache(monkeypatch) -> None:
+    """By itself it wants 92 % of the memory, and does not start where something else has a tenth of it."""
+    for build, space, bounded in (("cpu", None, True), ("cpu", "2", False), ("gpu", None, False)):
+        monkeypatch.setattr(backend, "vllm_build", lambda build=build: build)
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", space) if space else monkeypatch.delenv(
+            "VLLM_CPU_KVCACHE_SPACE", raising=False
+        )
+        argv = vllm_command(parse(["--target", "a/b"])).argv
+        assert ("--kv-cache-memory-bytes" in argv) == bounded
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     (

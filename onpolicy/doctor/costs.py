@@ -16,7 +16,7 @@ from onpolicy.evaluate.provenance import UNKNOWN, origin_of
 from onpolicy.losses.chunked import BUFFER_BYTES
 from onpolicy.metrics import peak_rss_gib
 from onpolicy.models import base_model
-from spec.vllm_engine import LARGEST_CACHE
+from spec.runtime import LARGEST_CACHE
 
 if TYPE_CHECKING:
     from onpolicy.student import Student

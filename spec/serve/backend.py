@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 from spec import loading
-from spec.runtime import gpu_present, physical_cores, preloads, quota, tuned_environment
+from spec.runtime import LARGEST_CACHE, gpu_present, physical_cores, preloads, quota, tuned_environment
 from spec.serve.options import TORCH_ONLY, changed
 
 _AUTO_LENGTH = 4  # vLLM drafts a fixed number of tokens
@@ -73,6 +73,9 @@ def vllm_command(options: Namespace) -> Command:
     if speculation is not None:
         argv += ["--speculative-config", json.dumps(speculation)]
     environment = vllm_environment()
+    if vllm_build() == "cpu" and "VLLM_CPU_KVCACHE_SPACE" not in environment:
+        # Else vLLM wants 92 % of the memory, and does not start where something else has a tenth of it.
+        argv += ["--kv-cache-memory-bytes", str(LARGEST_CACHE)]
     if options.api_key is not None:
         environment["VLLM_API_KEY"] = options.api_key
     return Command(tuple(argv), environment)
