@@ -41,6 +41,8 @@ class VllmEngine:
         self.name = f"vllm {'plain' if draft is None else draft if draft == 'ngram' else 'draft_model'}"
         self.name += "" if repaired else ", unrepaired"
         self.unsupported = REFUSED_WITH_DRAFTS if draft else frozenset({"allowed_token_ids"})
+        if draft and not repaired:  # it reads top_k from memory never written, and dies of an index out of bounds
+            self.unsupported |= {"top_k"}
         speculation: dict[str, Any] | None = None
         if draft == "ngram":
             speculation = {"method": "ngram", "num_speculative_tokens": length, "prompt_lookup_min": 1}
