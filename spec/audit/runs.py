@@ -58,8 +58,10 @@ def _statistical(
 ) -> Verdict:
     from dataclasses import replace
 
+    from rich.console import Console
+
     from spec.audit.scoring import Scorer
-    from spec.audit.statistical import Settings, audit, panel_for
+    from spec.audit.statistical import Settings, Watch, audit, panel_for
 
     chosen = Params(temperature=options.temperature or 1.0, top_k=options.top_k, top_p=options.top_p)
     alone = options.temperature is not None or chosen != Params()
@@ -75,7 +77,16 @@ def _statistical(
         tolerance = TOLERANCE if options.engine == "torch" else measured.tolerance(TOLERANCE)
         settings = replace(settings, tolerance=tolerance)
     settings = replace(settings, logprob_gap=measured.tie(_dtype(options)))
-    verdict = audit(engine, Scorer(target, _draft(options, target), options.seed), prompts, settings, panel)
+    scorer = Scorer(target, _draft(options, target), options.seed)
+    with Console(stderr=True).status("the first answers ...") as status:  # of a terminal; nothing elsewhere
+
+        def report(watch: Watch) -> None:
+            status.update(
+                f"{watch.tokens:,} of at most {settings.tokens:,} tokens: evidence of a difference "
+                f"10^{watch.log10_e:.1f}, bound on it {watch.epsilon:.2%}"
+            )
+
+        verdict = audit(engine, scorer, prompts, settings, panel, report)
     return replace(verdict, floor=measured.figures)
 
 

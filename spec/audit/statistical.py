@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,8 +87,11 @@ def audit(
     prompts: Sequence[Sequence[int]],
     settings: Settings | None = None,
     panel: Sequence[Params] | None = None,
+    report: Callable[[Watch], None] = lambda watch: None,
 ) -> Verdict:
     """Audits ``engine`` against the scorer's target on ``prompts`` (token ids), cycling through ``panel``.
+
+    ``report`` is called with what is known after every round of answers.
 
     Raises what the engine raises, and ValueError for greedy settings (see :mod:`spec.audit.greedy`) or an engine that
     says nothing.
@@ -110,6 +113,7 @@ def audit(
         watch.update(samples, scorer.score(samples))
         clock["generation"] += middle - begin
         clock["scoring"] += time.perf_counter() - middle
+        report(watch)
         left = settings.tokens - watch.tokens
         size = max(2, min(2 * size, 64 * settings.first_round, math.ceil(left / settings.max_tokens)))
     return unsure(watch.verdict(engine.name, clock), getattr(engine, "left_out", 0))
