@@ -51,9 +51,7 @@ def main() -> None:
     """Print the table, then one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["32x96", "32x156", "16x512", "4x1024"], metavar="SxM")
-    parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", metavar="OUT", help="also write the result there, with commit, versions and machine")
+    common.add_timing_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []

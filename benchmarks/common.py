@@ -6,6 +6,7 @@ object with the commit, the versions and the machine, so that a number can alway
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -34,6 +35,13 @@ def finish(result: Mapping[str, Any], json_out: str | os.PathLike[str] | None = 
     if json_out is not None:
         write_atomically(Path(json_out), json.dumps({**result, "provenance": provenance()}, indent=2) + "\n")
     print(line, flush=True)
+
+
+def add_timing_options(parser: argparse.ArgumentParser) -> None:
+    """Of a benchmark that times calls in this process."""
+    parser.add_argument("--repeat", type=int, default=10)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", metavar="OUT", help="also write the result there, with commit, versions and machine")
 
 
 def rss_mib() -> float:

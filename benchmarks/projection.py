@@ -42,9 +42,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--size", type=int, default=576, help="hidden size")
     parser.add_argument("--head", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--repeat", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", metavar="OUT", help="also write the result there, with commit, versions and machine")
+    common.add_timing_options(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     results = []

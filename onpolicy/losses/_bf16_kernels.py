@@ -1,7 +1,7 @@
 """numba kernels of :mod:`onpolicy.losses._bf16_products`. Imported there, at the first use.
 
 VDPBF16PS multiplies pairs of bf16 values that lie next to each other in 32 bits and adds both products to a float32
-lane. Operands are therefore packed: pairs along the summed dimension, ``_HEIGHT`` rows of the left and ``_WIDTH``
+lane. Operands are therefore packed: pairs along the summed dimension, ``HEIGHT`` rows of the left and ``WIDTH``
 columns of the right operand side by side, so that one step of the inner loop reads them in order. The 12 x 32 block of
 sums fills 24 of the 32 vector registers.
 

@@ -22,15 +22,15 @@ from onpolicy.losses._threads import in_threads
 @lru_cache
 def available() -> bool:
     """Whether this CPU has the instruction and numba can be imported. With AMX, oneDNN is the faster one."""
-    found = torch.cpu.get_capabilities()
-    return (
-        bool(found.get("avx512_bf16")) and not found.get("amx_bf16") and importlib.util.find_spec("numba") is not None
-    )
+    found = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch
+    own = bool(found.get("avx512_bf16")) and not found.get("amx_bf16")
+    return own and importlib.util.find_spec("numba") is not None
 
 
-def supports(hidden: Tensor, head: Tensor) -> bool:
-    """Whether products of these two, on the CPU and with bf16 operands, can be taken here."""
-    return available() and head.shape[1] % 2 == 0 and head.is_contiguous() and head.dtype in _WORDS
+def supports(head: Tensor) -> bool:
+    """Whether bf16 products with this head, on the CPU, can be taken here."""
+    dtypes = (torch.bfloat16, torch.float32)
+    return available() and head.shape[1] % 2 == 0 and head.is_contiguous() and head.dtype in dtypes
 
 
 def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
@@ -48,9 +48,6 @@ def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     in_threads(-(-len(head) // kernels.WIDTH), work)
 
 
-_WORDS = {torch.bfloat16, torch.float32}
-
-
 def _words(matrix: Tensor) -> np.ndarray:
     """The bits of a matrix, [rows, bytes of a row / 4]."""
-    return matrix.contiguous().view(torch.uint8).numpy().view(np.uint32)
+    return matrix.detach().contiguous().view(torch.uint8).numpy().view(np.uint32)

@@ -32,7 +32,7 @@ class Projection:
         self.dtype = product_dtype(hidden, head)
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._widened = hidden.device.type == "cpu" and self.low_precision
-        self._own = self._widened and self.dtype == torch.bfloat16 and _bf16_products.supports(hidden, self.head)
+        self._own = self._widened and self.dtype == torch.bfloat16 and _bf16_products.supports(self.head)
 
     @property
     def low_precision(self) -> bool:
