@@ -13,6 +13,7 @@ Shape legend: B sequences of a step, K_b drafted tokens of sequence b, N = sum(K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -20,6 +21,9 @@ import numpy as np
 
 from spec.drafters.base import Context
 from spec.step_costs import StepCosts
+
+# To begin to draft a batch must gain so much: the medians behind it may be off by less, and the draft must read first.
+_WORTHWHILE = 1.05
 
 
 class DraftLength(Protocol):
@@ -128,6 +132,7 @@ class Adaptive:
         self._sequences: dict[int, _Sequence] = {}
         self._measured = StepCosts()
         self._steps = 0
+        self._pays = False  # drafting did at the last look
         self._idle = 0  # steps since anybody drafted
 
     def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
@@ -140,8 +145,10 @@ class Adaptive:
         else:
             survival = self._survival(states, self._everyone.rates(self._prior))
             costs = self._measured
-            best = best_lengths(survival, allowed, costs.draft_token(), costs.target).tolist()
-            if not any(best):
+            gain = 1.0 if self._pays else _WORTHWHILE
+            best = best_lengths(survival, allowed, costs.draft_token(len(states)), costs.target, gain).tolist()
+            self._pays = any(best)
+            if not self._pays:
                 return self._one_probes(states, allowed)
             self._idle = 0
         return [
@@ -158,15 +165,17 @@ class Adaptive:
         seconds_draft: float | None,
         prompt_rows: int = 0,
     ) -> None:
+        # A proposal for a few of many is cheaper than one for all, and one after a pause reads what was said meanwhile,
+        # a new sequence's prompt too: neither says what a draft token costs.
+        drafting = [context for context, offered in zip(contexts, drafted, strict=True) if offered]
+        fresh = 2 * len(drafting) >= len(drafted) and all(self._sequence(c).pause <= 1 for c in drafting)
         for context, offered, passed in zip(contexts, drafted, accepted, strict=True):
             self._sequence(context).observe(offered, passed)
             self._everyone.observe(offered, passed)
         if seconds_target is not None and seconds_draft is not None:
-            # a proposal for a few of many is cheaper than one for all: it says nothing about what drafting would cost
-            typical = 2 * np.count_nonzero(drafted) >= len(drafted)
-            longest = max(drafted, default=0) if typical else 0
-            rows = sum(drafted) + len(drafted) + prompt_rows
-            self._measured.observe(rows, seconds_target, longest, seconds_draft)
+            self._measured.observe(sum(drafted) + len(drafted), seconds_target, prompt_rows)
+            if fresh:
+                self._measured.observe_draft(len(drafted), max(drafted, default=0), seconds_draft)
 
     def forget(self, context: Context) -> None:
         self._sequences.pop(context.id, None)
@@ -201,6 +210,7 @@ class _Sequence:
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance = acceptance
         self.rounds = 0  # since the last probe
+        self.pause = math.inf  # rounds since it last drafted
         self.keen = False  # all of the last round's probe was accepted, so the next one is at once
         self._probing = False  # the length of the last round was a probe
 
@@ -213,6 +223,7 @@ class _Sequence:
 
     def observe(self, drafted: int, accepted: int) -> None:
         self.acceptance.observe(drafted, accepted)
+        self.pause = 0 if drafted else self.pause + 1
         if self._probing:
             self.keen = accepted == drafted
         self._probing = False
@@ -256,7 +267,11 @@ def best_lengths_alone(survival: np.ndarray, limits: Sequence[int], draft_token:
 
 
 def best_lengths(
-    survival: np.ndarray, limits: Sequence[int], draft_token: float, target: Callable[[np.ndarray], np.ndarray]
+    survival: np.ndarray,
+    limits: Sequence[int],
+    draft_token: float,
+    target: Callable[[np.ndarray], np.ndarray],
+    worthwhile: float = 1.0,
 ) -> np.ndarray:
     """[B] draft lengths that maximise expected tokens a second of one step, the fewest drafted tokens of equals.
 
@@ -269,10 +284,11 @@ def best_lengths(
         survival: [B, L] chance that a position and all before it are accepted, never increasing along a row.
         limits: [B] longest draft of each sequence, at most L.
         draft_token: d, seconds. target: T, seconds of a target step from a number of rows, elementwise.
+        worthwhile: how many times the rate of a plain step any drafting must promise.
     """
     batch, longest = survival.shape
     allowed = np.arange(longest) < np.asarray(limits)[:, None]
-    best_rate, best = batch / float(target(np.array([batch]))[0]), np.zeros(batch, dtype=np.int64)
+    best_rate, best = worthwhile * batch / float(target(np.array([batch]))[0]), np.zeros(batch, dtype=np.int64)
     for length in range(1, max(limits, default=0) + 1):
         who, where = np.nonzero(allowed[:, :length])
         order = np.lexsort((where, -survival[who, where]))  # of equal chances the earlier position: prefixes stay whole

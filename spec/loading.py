@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 LOOKUPS = ("ngram", "suffix")
 Drafting = Literal["probabilistic", "greedy"]
-DraftQuantization = Literal["auto", "none", "int8", "int4"]
 DRAFT_HELP = (
     "model directory or hub id, ngram or suffix (lookup in the text so far), or a lookup that falls back to a model: "
     "ngram+DIR"
@@ -39,7 +38,7 @@ class DrafterOptions:
     """How a draft model drafts. Nothing here changes the law of the output."""
 
     drafting: Drafting = "probabilistic"
-    quantization: DraftQuantization = "auto"  # of the draft's weights; auto: int8 where there is such a product
+    quantization: Quantization = "none"  # of the draft's weights
 
 
 def check_names(target: str, draft: str | None) -> None:
@@ -100,7 +99,7 @@ def open_drafters(
     target: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     models: ModelOptions,
-    quantization: DraftQuantization,
+    quantization: Quantization,
     draftings: Sequence[Drafting],
 ) -> list[Drafter]:
     """One drafter for each way of drafting. They share a draft model: its weights are there once, its cache for all.
@@ -158,7 +157,7 @@ def _maker(
     target: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     models: ModelOptions,
-    quantization: DraftQuantization,
+    quantization: Quantization,
 ) -> Callable[[Drafting], Drafter]:
     """What makes drafters of this name; a draft model is loaded here, once."""
     if name == "ngram":
@@ -179,14 +178,12 @@ def _maker(
     check_tokenizers(tokenizer, open_tokenizer(name))
     reduced = DraftVocabulary.load(Path(name), target.vocab_size)
     vocabulary = None if reduced is None else torch.from_numpy(reduced.ids)
-    if quantization != "auto":
+    try:
         draft = _load(name, models, quantization, vocabulary)
-    else:
-        quick = target.device.type == "cpu" and models.dtype == "bfloat16"
-        try:
-            draft = _load(name, models, "int8" if quick else "none", vocabulary)
-        except UnsupportedModel:
-            draft, vocabulary = _load(name, models, "none"), None
+    except UnsupportedModel:  # read by transformers, which has neither a reduced head nor quantised weights
+        if quantization != "none":
+            raise
+        draft, vocabulary = _load(name, models, quantization), None
     return lambda drafting: ModelDrafter(draft, target, drafting=drafting, vocabulary=vocabulary)
 
 

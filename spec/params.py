@@ -135,15 +135,12 @@ def row_options(
                 [ids if row.penalised else () for row, ids in zip(params, history, strict=True)], device
             )
     if any(row.logit_bias for row in params):
-        bias = torch.zeros(len(params), vocabulary)
-        alike: dict[int, list[int]] = {}  # rows of one request share the very mapping
-        for i, row in enumerate(params):
-            if row.logit_bias:
-                alike.setdefault(id(row.logit_bias), []).append(i)
-        for rows in alike.values():
-            of = params[rows[0]].logit_bias
-            bias[torch.tensor(rows)[:, None], list(of)] = torch.tensor(list(of.values()), dtype=torch.float32)
-        options["logit_bias"] = bias.to(device)
+        places = [(i, token) for i, row in enumerate(params) for token in row.logit_bias]
+        values = [bias for row in params for bias in row.logit_bias.values()]
+        options["logit_bias"] = torch.sparse_coo_tensor(
+            torch.tensor(places).T, torch.tensor(values, dtype=torch.float32), (len(params), vocabulary),
+            device=device, check_invariants=False,
+        )  # fmt: skip
     if any(row.allowed_token_ids is not None for row in params):
         allowed = torch.ones(len(params), vocabulary, dtype=torch.bool)
         for i, row in enumerate(params):

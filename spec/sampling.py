@@ -27,7 +27,7 @@ something open, this module does the following.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -142,17 +142,41 @@ def adjusted_logits(
         return scores
     if prompt_ids is None and output_ids is None:
         raise ValueError(f"{', '.join(active)} needs the tokens so far: pass prompt_ids and output_ids, padded with -1")
-    rows = scores.shape[:-1]
-    counts = _counts(output_ids, scores)
-    if "repetition_penalty" in active:
-        factor = _per_row(repetition_penalty, rows, scores)[..., None]
-        seen = (counts > 0) | (_counts(prompt_ids, scores) > 0)
-        scores = torch.where(seen, torch.where(scores > 0, scores / factor, scores * factor), scores)
-    if "frequency_penalty" in active:
-        scores = scores - _per_row(frequency_penalty, rows, scores)[..., None] * counts
-    if "presence_penalty" in active:
-        scores = scores - _per_row(presence_penalty, rows, scores)[..., None] * (counts > 0)
-    return scores
+    return _penalised(scores, active, prompt_ids, output_ids)
+
+
+def _penalised(
+    scores: Tensor, active: Mapping[str, float | Tensor], prompt_ids: Tensor | None, output_ids: Tensor | None
+) -> Tensor:
+    """A history names few tokens of the vocabulary: only those are looked at, each once a row."""
+    rows, vocabulary = scores.shape[:-1], scores.shape[-1]
+    said = _places(output_ids, rows, vocabulary, scores.device)
+    places, inverse = torch.cat([said, _places(prompt_ids, rows, vocabulary, scores.device)]).unique(
+        return_inverse=True
+    )
+    counts = torch.zeros(len(places), dtype=scores.dtype, device=scores.device)
+    counts.index_add_(0, inverse[: len(said)], torch.ones_like(said, dtype=scores.dtype))
+    row = places // vocabulary
+    setting = {name: _per_row(value, rows, scores).reshape(-1)[row] for name, value in active.items()}
+    flat = scores.reshape(-1)
+    values = flat[places]
+    if "repetition_penalty" in setting:
+        factor = setting["repetition_penalty"]
+        values = torch.where(values > 0, values / factor, values * factor)
+    if "frequency_penalty" in setting:
+        values = values - setting["frequency_penalty"] * counts
+    if "presence_penalty" in setting:
+        values = values - setting["presence_penalty"] * (counts > 0)
+    return flat.index_put((places,), values).reshape(scores.shape)
+
+
+def _places(ids: Tensor | None, rows: torch.Size, vocabulary: int, device: torch.device) -> Tensor:
+    """[P] row * V + id of each token of each row's history [*, L]; ids outside the vocabulary are padding."""
+    if ids is None:
+        return torch.zeros(0, dtype=torch.long, device=device)
+    flat = ids.expand(*rows, ids.shape[-1]).reshape(rows.numel(), ids.shape[-1])
+    row, at = ((flat >= 0) & (flat < vocabulary)).nonzero(as_tuple=True)
+    return row * vocabulary + flat[row, at]
 
 
 def check_finite(
@@ -176,18 +200,32 @@ def scaled_top(scores: Tensor, temperature: float | Tensor) -> Tensor:
 
 def _shaped(scores: Tensor, settings: _Settings, backend: Backend, log: bool) -> Tensor:
     """Steps 4 to 8, [*, V] -> [*, V]; on a CPU a few rows at a time, so that they stay in its cache."""
-    rows, vocabulary = scores.shape[:-1], scores.shape[-1]
-    cached = max(1, _CACHED // vocabulary)
-    if scores.device.type != "cpu" or rows.numel() <= cached or (scores.requires_grad and torch.is_grad_enabled()):
+    if scores.device.type != "cpu" or (scores.requires_grad and torch.is_grad_enabled()):
         return _shaped_rows(scores, settings, backend, log)
-    flat = scores.reshape(-1, vocabulary)
-    expanded = [x.expand(rows).reshape(-1) if isinstance(x, Tensor) else x for x in settings]
+    flat = scores.reshape(-1, scores.shape[-1])
+    cached = max(1, _CACHED // scores.shape[-1])
     out = torch.empty(flat.shape, dtype=scores.dtype)
-    for start in range(0, len(flat), cached):
-        few = slice(start, start + cached)
-        temperature, top_k, top_p, min_p = (x[few] if isinstance(x, Tensor) else x for x in expanded)
-        out[few] = _shaped_rows(flat[few], (temperature, top_k, top_p, min_p), backend, log)
+    for alike, members in _alike(settings, scores.shape[:-1]):
+        for start in range(0, len(members), cached):
+            few = members[start : start + cached]
+            # consecutive rows are read where they are
+            index = slice(few[0], few[-1] + 1) if few[-1] - few[0] == len(few) - 1 else few
+            out[index] = _shaped_rows(flat[index], alike, backend, log)
     return out.reshape(scores.shape)
+
+
+def _alike(settings: _Settings, rows: torch.Size) -> Iterable[tuple[_Settings, Sequence[int]]]:
+    """Settings as numbers, and the flat rows that share them, ascending: a step that they switch off is skipped."""
+    everything = range(rows.numel())
+    if not any(isinstance(x, Tensor) for x in settings):
+        return [(settings, everything)]
+    columns = [
+        x.expand(rows).reshape(-1).tolist() if isinstance(x, Tensor) else [x] * len(everything) for x in settings
+    ]
+    groups: dict[_Settings, list[int]] = {}
+    for row, alike in enumerate(zip(*columns, strict=True)):
+        groups.setdefault(alike, []).append(row)
+    return groups.items()
 
 
 _Settings = tuple[float | Tensor, float | Tensor, float | Tensor, float | Tensor]  # temperature, top_k, top_p, min_p
@@ -222,16 +260,6 @@ def _one_hot(scores: Tensor, log: bool) -> Tensor:
 
 def _per_row(value: float | Tensor, rows: torch.Size, like: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=like.dtype, device=like.device).expand(rows)
-
-
-def _counts(ids: Tensor | None, like: Tensor) -> Tensor:
-    """How often each token occurs in each row's history, [*, V]; ids outside the vocabulary are padding."""
-    vocabulary = like.shape[-1]
-    counts = torch.zeros(*like.shape[:-1], vocabulary + 1, dtype=like.dtype, device=like.device)
-    if ids is not None:
-        index = torch.where((ids >= 0) & (ids < vocabulary), ids, vocabulary).expand(*like.shape[:-1], ids.shape[-1])
-        counts.scatter_add_(-1, index, torch.ones_like(index, dtype=like.dtype))
-    return counts[..., :vocabulary]
 
 
 def _bias(bias: Tensor | Mapping[int, float], like: Tensor) -> Tensor:

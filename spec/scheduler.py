@@ -4,6 +4,8 @@ Prefill and decoding are one thing here: a running sequence has tokens that the 
 decodes and many while its prompt is read. Every pass takes all decoding sequences and up to ``prefill_tokens`` of
 prompts. The part of a sequence that reaches its end also carries drafts and gets a verdict; so a prompt's last tokens
 and the first drafts share a pass, and nothing depends on where a prompt was cut.
+
+What a new prompt has in common with one that runs (a system prompt, or all of it) is copied, not read again.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from spec.drafters.base import Drafter
+from spec.kv_cache import common_prefix
 from spec.models.base import LanguageModel
 from spec.sequence import Sample
 
@@ -52,14 +55,14 @@ class Scheduler:
     def admit(self) -> list[tuple[Sample, str]]:
         """Starts waiting sequences while there is room; returns those that can never start, with the reason.
 
-        Samples of one request wait for one of them to have read the prompt; others may overtake them meanwhile.
+        Samples of one prompt wait for one of them to have read it; others may overtake them meanwhile.
         """
         refused: list[tuple[Sample, str]] = []
         put_off: list[Sample] = []
         while self._waiting and len(self._running) < self._max_running:
             sample = self._waiting.popleft()
-            reader = next((other for other in self._running if other.task is sample.task), None)
-            if reader is not None and reader.cached < _shared(sample):
+            reader = max(self._running, key=lambda other: (_in_common(other, sample), other.cached), default=None)
+            if reader is not None and _to_wait_for(reader, sample):
                 put_off.append(sample)
                 continue
             try:
@@ -128,9 +131,9 @@ class Scheduler:
             if not sample.drafting and self._running:
                 self._target.close(slot)
                 return False
-        if reader is not None:
-            self._target.fork(reader.slot, slot, _shared(sample))
-            sample.cached = _shared(sample)
+        if reader is not None and (known := min(reader.cached, _in_common(reader, sample))):
+            self._target.fork(reader.slot, slot, known)
+            sample.cached = known
         sample.slot = slot
         if sample.task.result.seconds_queued is None:
             sample.task.result.seconds_queued = sample.task.seconds()
@@ -138,6 +141,21 @@ class Scheduler:
         return True
 
 
-def _shared(sample: Sample) -> int:
-    """Tokens of a prompt that samples share; the last is each one's own, for the logits it gives."""
+def _in_common(other: Sample, sample: Sample) -> int:
+    """Tokens that both prompts begin with."""
+    return min(common_prefix(other.context.prompt_ids, sample.context.prompt_ids), _shareable(sample))
+
+
+def _to_wait_for(reader: Sample, sample: Sample) -> bool:
+    """The whole prompt is being read already, and reading it again would take longer than a step of waiting."""
+    shared = _in_common(reader, sample)
+    missing = shared - reader.cached
+    return shared == _shareable(sample) and missing > (0 if reader.task is sample.task else _READ_AT_ONCE)
+
+
+_READ_AT_ONCE = 16  # tokens
+
+
+def _shareable(sample: Sample) -> int:
+    """Tokens of a prompt that can be taken over; the last is each one's own, for the logits it gives."""
     return len(sample.context.prompt_ids) - 1

@@ -16,26 +16,35 @@ _GUESS = 0.1  # draft token / target step, before a draft was timed
 class StepCosts:
     """Seconds of a target step by its number of rows, and of drafting one token.
 
-    Between numbers of rows that have been timed the cost is interpolated; beyond them it is taken as that of the
-    nearest, which is what a step bound by reading the weights costs. If that is too hopeful, trying it corrects it.
-    A prompt's row counts as one, though it has no output row: where requests come and go there is a prompt in most
-    steps, and without these nothing would be learnt of a full batch.
+    Between numbers of rows that have been timed the cost is interpolated; beyond them every row is taken to add what a
+    prompt's row does, or nothing before one was timed. If that is too hopeful, trying it corrects it.
+    Where requests come and go there is a prompt in most steps, and without these nothing would be learnt of a full
+    batch. A prompt's rows are cheaper than output rows (nothing is drawn from them), so they have a cost of their own,
+    which is taken off.
+
+    Drafting a token for many sequences is dearer than for one, as a target step is: what was timed for another number
+    of sequences is scaled by what the target's step takes for the two.
     """
 
     def __init__(self) -> None:
         self._target: dict[int, deque[float]] = {}
+        self._prompt: deque[float] = deque(maxlen=_WINDOW)  # a row
         self._seen: dict[int, int] = {}  # number of rows -> step it last came up
-        self._draft: deque[float] = deque(maxlen=_WINDOW)
+        self._draft: dict[int, deque[float]] = {}  # by number of sequences
         self._step = 0
 
-    def observe(self, rows: int, seconds_target: float, longest_draft: int, seconds_draft: float) -> None:
-        """A step with so many target rows and, of its drafts, so many tokens in the longest."""
+    def observe(self, rows: int, seconds: float, prompt_rows: int = 0) -> None:
+        """A target step with so many output rows, which also read so many tokens of prompts."""
         self._step += 1
-        place = rounded(rows)
-        self._target.setdefault(place, deque(maxlen=_WINDOW)).append(seconds_target)
-        self._seen[place] = self._step
-        if longest_draft:
-            self._draft.append(seconds_draft / longest_draft)
+        place, of_prompts = rounded(rows), 0.0
+        if prompt_rows:
+            if place in self._target:
+                self._prompt.append(max(seconds - median(self._target[place]), 0.0) / prompt_rows)
+            each = median(self._prompt) if self._prompt else seconds / (rows + prompt_rows)
+            of_prompts = prompt_rows * each
+        if prompt_rows <= 2 * rows:  # or an error in what is taken off would be larger than what is left
+            self._target.setdefault(place, deque(maxlen=_WINDOW)).append(max(seconds - of_prompts, 0.0))
+            self._seen[place] = self._step
         if self._step % _STALE == 0:
             for old in [place for place, step in self._seen.items() if step <= self._step - _STALE]:
                 del self._target[old], self._seen[old]
@@ -45,13 +54,22 @@ class StepCosts:
         if not self._target:
             return np.ones(len(rows))
         places = sorted(self._target)
-        return np.interp(rows, places, [median(self._target[place]) for place in places])
+        known = np.interp(rows, places, [median(self._target[place]) for place in places])
+        beyond = np.maximum(np.asarray(rows) - places[-1], 0)
+        return known + beyond * (median(self._prompt) if self._prompt else 0.0)
 
-    def draft_token(self) -> float:
-        """Seconds a token of the longest draft; a tenth of the shortest target step before a draft was timed."""
-        if self._draft:
-            return median(self._draft)
-        return _GUESS * min((median(times) for times in self._target.values()), default=1.0)
+    def observe_draft(self, sequences: int, longest: int, seconds: float) -> None:
+        """A proposal for so many sequences, up to ``longest`` tokens each, that had little to read before."""
+        if longest:
+            self._draft.setdefault(rounded(sequences), deque(maxlen=_WINDOW)).append(seconds / longest)
+
+    def draft_token(self, sequences: int) -> float:
+        """Seconds a token of the longest draft; a tenth of a target step before any was timed."""
+        here = float(self.target(np.array([sequences]))[0])
+        if not self._draft:
+            return _GUESS * here
+        near = min(self._draft, key=lambda place: abs(math.log(place / sequences)))
+        return median(self._draft[near]) * here / float(self.target(np.array([near]))[0])
 
 
 def rounded(rows: int) -> int:

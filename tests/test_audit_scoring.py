@@ -13,6 +13,7 @@ from spec.audit.evidence import _gains
 from spec.audit.laws import Rows, named_ratios, target_law
 from spec.audit.sample import UNKNOWN, Sample
 from spec.audit.scoring import Scorer, _pit
+from spec.audit.sums import EXPONENTS, mass_ahead, power_sums
 from spec.params import Params
 from spec.sampling import processed_probs
 
@@ -161,6 +162,38 @@ def test_a_second_answer_to_a_request_is_compared_with_the_first_until_they_part
     assert scorer._twin(first) == [-1] * 4
     assert scorer._twin(second) == [1, 2, 3, -1]
     assert scorer._twin(Sample(PROMPT, (1,), Params(temperature=0.5))) == [-1]  # another setting, another law
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 100])
+@pytest.mark.parametrize("most", [1, 4, 7, 100])
+def test_answers_share_passes_and_prompts_and_no_slot_is_lost(slots: int, most: int) -> None:
+    """In a cramped cache, too: there every answer reads its own prompt."""
+    model = TableModel(random_logits(V, 0), V, slots=slots)
+    prompts = (PROMPT, (0, 0, 5, 6), (5,))
+    samples = [Sample(prompts[i % 3], SAID[: 1 + i % 5], Params()) for i in range(7)]
+    rows = torch.cat([piece.clone() for piece in ModelConditionals(model).rows(samples, most)])
+    due = [random_logits(V, 0)((*s.prompt_ids, *s.token_ids[:i])) for s in samples for i in range(len(s.token_ids))]
+    np.testing.assert_array_equal(rows.numpy(), np.stack(due))
+    assert len(model.free) == slots and max(model.forwards) <= most
+    if slots == most == 100:
+        assert len(model.forwards) == 3  # two prompts of more than one token, and all answers together
+    with pytest.raises(ValueError, match="no room for 3 tokens: give it a larger cache"):
+        next(ModelConditionals(TableModel(random_logits(V, 0), V, slots=0)).rows(samples, most))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sums_of_rows_are_right_to_rounding(dtype: torch.dtype) -> None:
+    """Rows longer than a chunk, with zeros and infinite orders; the truth from torch in float64."""
+    p = (torch.randn(5, 5000, dtype=torch.float64) * 6).softmax(-1).to(dtype)
+    p[2, 100:] = 0.0
+    order, tokens = torch.where(p > 1e-4, p.round(decimals=3), torch.inf), torch.tensor([0, 1, 4999, 7, 8])
+    tight = {"rtol": 1e-6 if dtype == torch.float32 else 1e-13, "atol": 0.0}
+    powers = torch.stack([p.double().pow(e).sum(-1) for e in EXPONENTS], -1)
+    np.testing.assert_allclose(power_sums(p).double(), powers, **tight)
+    here = order.gather(-1, tokens[:, None])
+    due = [torch.where(chosen, p, 0.0).double().sum(-1) for chosen in (order > here, order == here)]
+    for found, expected in zip(mass_ahead(p, order, tokens), due, strict=True):
+        np.testing.assert_allclose(found.double(), expected, **tight)
 
 
 def test_a_forward_pass_by_a_real_model_scores_as_without_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,16 +310,46 @@ def test_limits_hold() -> None:
 
 def test_costs_are_medians_interpolated_and_forgotten() -> None:
     costs = StepCosts()
-    assert costs.target(np.array([1, 5])).tolist() == [1, 1] and costs.draft_token() == 0.1
+    assert costs.target(np.array([1, 5])).tolist() == [1, 1] and costs.draft_token(3) == 0.1
     for seconds in (2.0, 50.0, 2.0):
-        costs.observe(1, seconds, 0, 9.0)  # what a proposal of nothing took says nothing about a token
-    costs.observe(5, 4.0, 4, 1.0)
+        costs.observe(1, seconds)
+        costs.observe_draft(1, 0, 9.0)  # what a proposal of nothing took says nothing about a token
+    costs.observe(5, 4.0)
     assert costs.target(np.array([1, 3, 5, 100])).tolist() == [2, 3, 4, 4]
-    assert costs.draft_token() == 0.25
+    assert [costs.draft_token(n) for n in (1, 3, 5)] == pytest.approx([0.2, 0.3, 0.4])  # a guess, until one was timed
+    costs.observe_draft(1, 4, 1.0)
+    assert [costs.draft_token(n) for n in (1, 3, 5)] == [0.25, 0.375, 0.5]  # as the target's step grows
+    costs.observe_draft(5, 2, 5.0)
+    assert [costs.draft_token(n) for n in (1, 3, 5)] == [0.25, 1.875, 2.5]
     for _ in range(1100):
-        costs.observe(5, 4.0, 4, 1.0)
+        costs.observe(5, 4.0)
     assert costs.target(np.array([1])).tolist() == [4]  # as of long ago: to be tried again
     assert [rounded(n) for n in (1, 16, 17, 64, 66)] == [1, 16, 16, 64, 64]
+
+
+def test_a_prompts_rows_have_a_cost_of_their_own() -> None:
+    """Steps of 3 s and 0.5 s an output row and 0.1 s a prompt's; the first of them all read one."""
+    costs = StepCosts()
+
+    def observe(rows: int, prompt_rows: int) -> None:
+        costs.observe(rows, 3 + 0.5 * rows + 0.1 * prompt_rows, prompt_rows)
+
+    observe(1, 100)  # too much of a prompt to tell what its one row took
+    assert costs.target(np.array([1])).tolist() == [1]
+    for rows, prompt_rows in ((1, 0), (4, 0), (4, 50)):
+        observe(rows, prompt_rows)
+    for _ in range(30):
+        observe(32, 20)
+        observe(32, 0)
+        observe(1, 100)
+    assert costs.target(np.array([1, 4, 32])) == pytest.approx([3.5, 5, 19])
+    assert costs.target(np.array([64]))[0] == pytest.approx(19 + 32 * 0.1)  # beyond: as a prompt's rows
+
+
+def test_to_begin_to_draft_must_promise_more_than_noise() -> None:
+    survival, costs = np.array([[0.5]]), np.array([0.0, 1.0, 1.46])  # drafting gives 1.5 tokens in 1.46
+    for worthwhile, best in ((1.0, [1]), (1.05, [0])):
+        assert best_lengths(survival, [1], 0.0, lambda rows: costs[rows], worthwhile).tolist() == best
 
 
 def test_mistakes_name_their_remedy() -> None:

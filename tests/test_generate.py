@@ -74,7 +74,7 @@ SEEN = {  # of an engine, and what it is by default and with the option
     "--mode token": (lambda engine: engine.mode, "block", "token"),
     "--drafting greedy": (lambda engine: engine.drafter._greedy, False, True),
     "--quantization int8": (lambda engine: isinstance(engine.target._head, _Int8), False, True),
-    "--draft-quantization int4": (lambda engine: type(engine.drafter.model._head), _Int8, _Int4),
+    "--draft-quantization int4": (lambda engine: isinstance(engine.drafter.model._head, _Int4), False, True),
 }
 
 

@@ -5,6 +5,7 @@ Shape legend: n rows (tokens of completions, one after the other), V vocabulary.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -29,37 +30,100 @@ class Conditionals(Protocol):
 
 
 class ModelConditionals:
-    """By a language model, a sequence at a time and ``most`` tokens a forward pass, so that memory stays bounded."""
+    """By a language model: answers of ``most`` tokens together a forward pass, so that memory stays bounded.
+
+    A prompt is read once for all answers to it that come soon after each other: audits ask everything several times.
+    """
 
     def __init__(self, model: LanguageModel):
         self.model, self.vocab_size = model, model.vocab_size
 
     def rows(self, samples: Sequence[Sample], most: int) -> Iterator[Tensor]:
-        for sample in samples:
-            yield from self._one(sample, most)
-
-    def _one(self, sample: Sample, most: int) -> Iterator[Tensor]:
-        text = [*sample.prompt_ids, *sample.token_ids][:-1]  # the row before each token
-        slot = self.model.open(len(text))
-        if slot is None:
-            raise ValueError(f"{self.model.name} has no room for {len(text)} tokens: give it a larger cache")
+        waiting = deque(samples)
+        prompts = _Prompts(self.model, most)
         try:
-            for start in range(0, len(text), most):
-                part = text[start : start + most]
-                wanted = np.arange(max(len(sample.prompt_ids) - 1 - start, 0), len(part), dtype=np.int64)
-                logits = self.model.forward(
-                    Step(
-                        token_ids=torch.tensor(part, device=self.model.device),
-                        slots=np.array([slot]),
-                        starts=np.array([start]),
-                        lengths=np.array([len(part)]),
-                        logit_rows=wanted,
-                    )
-                )
-                if len(wanted):
-                    yield logits
+            while waiting:
+                yield from self._batch(waiting, prompts, most)
         finally:
-            self.model.close(slot)
+            prompts.close()
+
+    def _batch(self, waiting: deque[Sample], prompts: _Prompts, most: int) -> Iterator[Tensor]:
+        """Of the next samples, which it takes from ``waiting``: at least one, however long."""
+        starts: list[int] = []
+        answers: list[list[int]] = []
+        slots: list[int] = []
+        try:
+            while waiting and (not slots or sum(len(answer) for answer in answers) + len(waiting[0].token_ids) <= most):
+                slot = prompts.open(waiting[0])
+                if slot is None:
+                    if slots:
+                        break  # there will be room when these are closed
+                    needed = len(waiting[0].prompt_ids) + len(waiting[0].token_ids) - 1
+                    raise ValueError(f"{self.model.name} has no room for {needed} tokens: give it a larger cache")
+                sample = waiting.popleft()
+                slots.append(slot)
+                starts.append(len(sample.prompt_ids) - 1)
+                answers.append([sample.prompt_ids[-1], *sample.token_ids[:-1]])  # the row before each token
+            if len(slots) > 1:
+                yield _forward(self.model, slots, starts, answers)
+            else:
+                for at in range(0, len(answers[0]), most):
+                    yield _forward(self.model, slots, [starts[0] + at], [answers[0][at : at + most]])
+        finally:
+            for slot in slots:
+                self.model.close(slot)
+
+
+class _Prompts:
+    """Open slots that begin with a prompt, but for its last token; the newest prompts are kept to be copied."""
+
+    def __init__(self, model: LanguageModel, most: int):
+        self._model, self._most = model, most
+        self._kept: dict[tuple[int, ...], int] = {}  # slots by prompt, the oldest first
+
+    def open(self, sample: Sample) -> int | None:
+        """A slot for the sample, its prompt in it; None without room, also after everything kept was given up."""
+        known = len(sample.prompt_ids) - 1
+        while (slot := self._model.open(known + len(sample.token_ids))) is None:
+            if not self._kept:
+                return None
+            self._forget()
+        source = self._kept.get(sample.prompt_ids)
+        if source is None and len(self._kept) == _PROMPTS:
+            self._forget()
+        if source is None and known and (source := self._model.open(known)) is not None:
+            self._read(source, sample.prompt_ids[:known])
+            self._kept[sample.prompt_ids] = source
+        if source is not None:
+            self._model.fork(source, slot, known)
+        else:
+            self._read(slot, sample.prompt_ids[:known])
+        return slot
+
+    def _read(self, slot: int, tokens: Sequence[int]) -> None:
+        for at in range(0, len(tokens), self._most):
+            _forward(self._model, [slot], [at], [tokens[at : at + self._most]], logits=False)
+
+    def _forget(self) -> None:
+        self._model.close(self._kept.pop(next(iter(self._kept))))
+
+    def close(self) -> None:
+        while self._kept:
+            self._forget()
+
+
+_PROMPTS = 16  # kept
+
+
+def _forward(
+    model: LanguageModel, slots: Sequence[int], starts: Sequence[int], parts: Sequence[Sequence[int]],
+    logits: bool = True,
+) -> Tensor:  # fmt: skip
+    """Logits [n, V] of all tokens of the parts."""
+    ids = torch.tensor([token for part in parts for token in part], device=model.device)
+    wanted = np.arange(len(ids) if logits else 0, dtype=np.int64)
+    lengths = np.array([len(part) for part in parts])
+    return model.forward(Step(ids, np.array(slots), np.array(starts), lengths, wanted))
 
 
 class LookupConditionals:

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spec.audit.sums import EXPONENTS, power_sums
 from spec.params import Params, row_options
 from spec.sampling import adjusted_logits, processed_probs
 
-# Temperature times so much. A finer grid near 1 costs prior weight and gains little: bets overlap.
-TEMPERATURE_FACTORS = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.25, 1.5, 2.0, 4.0, 16.0)
 RECENT = 8  # tokens: some two blocks
 _HOT = 50.0
 _NEUTRAL: dict[str, Any] = {
@@ -84,8 +83,9 @@ def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -
     yield "uniform noise", _uniform(p, chosen)
     if q is not None:
         yield "draft leak", ratio(q, p, rows.tokens)
-        yield "lenient acceptance", ratio(_accepted(p, q, 2.0), p, rows.tokens)
-        yield "strict acceptance", ratio(_accepted(p, q, 0.5), p, rows.tokens)
+        residual = (p - q).clamp(min=0)
+        yield "lenient acceptance", ratio(_accepted(p, q, residual, 2.0), p, rows.tokens)
+        yield "strict acceptance", ratio(_accepted(p, q, residual, 0.5), p, rows.tokens)
         yield "draft's argmax leaks", _one_hot(q.argmax(-1), p, rows.tokens, chosen)
 
 
@@ -98,12 +98,14 @@ def ratio(law: Tensor, p: Tensor, tokens: Tensor) -> Ratio:
 
 def _temperatures(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
     """Laws on p's own support: p^(1/f) normalised is temperature times f there."""
-    log_p = p.log()
-    chosen = at_tokens(log_p, rows.tokens)
-    nothing = torch.zeros(len(p), dtype=p.dtype, device=p.device)
-    for factor in TEMPERATURE_FACTORS:
-        at = chosen / factor - (log_p / factor).logsumexp(-1)
-        yield f"temperature x{factor:g}", Ratio(torch.where(chosen > -math.inf, at - chosen, -math.inf), nothing)
+    chosen = at_tokens(p, rows.tokens).log()
+    nothing = torch.zeros_like(chosen)
+    for exponent, mass in zip(EXPONENTS, power_sums(p).unbind(-1), strict=True):
+        at = exponent * chosen - mass.log()
+        yield (
+            f"temperature x{1 / exponent:.3g}",
+            Ratio(torch.where(chosen > -math.inf, at - chosen, -math.inf), nothing),
+        )
 
 
 def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
@@ -133,10 +135,9 @@ def _garbage(rows: Rows, p: Tensor) -> Tensor:
     return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
 
 
-def _accepted(p: Tensor, q: Tensor, factor: float) -> Tensor:
+def _accepted(p: Tensor, q: Tensor, residual: Tensor, factor: float) -> Tensor:
     """[n, V] one drafted token, accepted with min(1, factor p/q); a factor nearer 1 is nearly a share of it."""
     taken = torch.minimum(q, factor * p)
-    residual = (p - q).clamp(min=0)
     mass = residual.sum(-1, keepdim=True)
     left = (1 - taken.sum(-1, keepdim=True)).clamp(min=0)
     return torch.where(mass > 0, taken + left * residual / mass.clamp(min=torch.finfo(p.dtype).tiny), p)

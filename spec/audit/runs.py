@@ -39,6 +39,9 @@ def run(options: argparse.Namespace) -> Verdict:
         return exact(options)
     import transformers
 
+    from spec.allocator import keep_freed_memory
+
+    keep_freed_memory()
     transformers.utils.logging.disable_progress_bar()
     tokenizer = loading.open_tokenizer(options.target)
     prompts = _prompts(options, tokenizer)

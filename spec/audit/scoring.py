@@ -26,6 +26,7 @@ from torch import Tensor
 from spec.audit.conditionals import Conditionals, regrouped
 from spec.audit.laws import RECENT, Rows, at_tokens, draft_law, named_ratios, target_law
 from spec.audit.sample import UNKNOWN, Sample
+from spec.audit.sums import mass_ahead
 from spec.params import Params
 
 _MOST_ROWS = 8192
@@ -186,12 +187,13 @@ def _raw_log_p(rows: Rows) -> Tensor:
 
 
 def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, noise: Tensor, raw: Tensor) -> _Piece:
-    surprise = torch.where(p > 0, -p.log(), 0.0)
+    surprise = -p.clamp_min(torch.finfo(p.dtype).tiny).log()  # some logarithms are slow at 0, where p keeps it out
     entropy = (p * surprise).sum(-1)
     sets = {
         "more surprising than expected": (surprise > entropy[:, None]) & (p > 0),
         "unlikely tokens (p < 1 %)": p < 0.01,
     }
+    by_id = -torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
     draft_pit = torch.full_like(noise, torch.nan)
     if q is not None:
         sets["tokens the draft likes (q > p)"] = q > p
@@ -204,7 +206,9 @@ def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, no
         spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
         pit=_f64(_pit(p, p, rows.tokens, noise)),
         draft_pit=_f64(draft_pit),
-        id_pit=_f64(_pit(p, -torch.arange(p.shape[-1], device=p.device).expand_as(p), rows.tokens, noise)),
+        id_pit=_f64(
+            _pit(p, -torch.arange(p.shape[-1], dtype=p.dtype, device=p.device).expand_as(p), rows.tokens, noise)
+        ),
         ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, p, q, last)},
         directions={name: (_f64(at_tokens(a, rows.tokens)), _f64((p * a).sum(-1))) for name, a in sets.items()},
     )
@@ -212,9 +216,7 @@ def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, no
 
 def _pit(p: Tensor, order: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     """[n] mass of tokens ahead of x in ``order`` (descending) + v * mass of those level with it; NaN if p(x) = 0."""
-    here = order.gather(-1, tokens[:, None])
-    ahead = torch.where(order > here, p, 0.0).sum(-1)
-    level = torch.where(order == here, p, 0.0).sum(-1)
+    ahead, level = mass_ahead(p, order, tokens)
     possible = at_tokens(p, tokens) > 0
     return torch.where(possible, (ahead + noise * level).clamp(max=1 - 2.0**-24), torch.nan)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spec.drafters.alignment import head_columns
 from spec.drafters.base import Context
+from spec.kv_cache import common_prefix
 from spec.models.base import LanguageModel, Step
 from spec.random import Purpose, uniforms
 from spec.rows import Scores, allowed_rows, score
@@ -81,7 +82,7 @@ class ModelDrafter:
         self._sequences: dict[int, _Sequence] = {}
 
     def open(self, context: Context) -> bool:
-        """See :class:`spec.drafters.base.Drafter`. A sample takes the prompt over from one that has read it."""
+        """See :class:`spec.drafters.base.Drafter`. What a prompt has in common with one that was read is copied."""
         capacity = min(context.capacity, self.model.max_positions)
         if capacity <= len(context.prompt_ids):
             self._sequences[context.id] = _Sequence(context, None)
@@ -90,13 +91,16 @@ class ModelDrafter:
         if slot is None:
             return False
         sequence = self._sequences[context.id] = _Sequence(context, slot, capacity)
-        shared = len(context.prompt_ids) - 1
-        for other in self._sequences.values():
-            same = other is not sequence and other.context.prompt_ids is context.prompt_ids
-            if same and other.slot is not None and other.cached >= shared:
-                self.model.fork(other.slot, slot, shared)
-                sequence.cached = shared
-                break
+
+        def known(other: _Sequence) -> int:
+            shared = min(common_prefix(other.context.prompt_ids, context.prompt_ids), len(context.prompt_ids) - 1)
+            return 0 if other is sequence or other.slot is None else min(shared, other.cached)
+
+        source = max(self._sequences.values(), key=known)
+        if tokens := known(source):
+            assert source.slot is not None
+            self.model.fork(source.slot, slot, tokens)
+            sequence.cached = tokens
         return True
 
     def propose(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Drafts:
