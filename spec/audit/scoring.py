@@ -206,9 +206,7 @@ def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, no
         spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
         pit=_f64(_pit(p, p, rows.tokens, noise)),
         draft_pit=_f64(draft_pit),
-        id_pit=_f64(
-            _pit(p, -torch.arange(p.shape[-1], dtype=p.dtype, device=p.device).expand_as(p), rows.tokens, noise)
-        ),
+        id_pit=_f64(_pit(p, by_id.expand_as(p), rows.tokens, noise)),
         ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, p, q, last)},
         directions={name: (_f64(at_tokens(a, rows.tokens)), _f64((p * a).sum(-1))) for name, a in sets.items()},
     )
