@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="same seed, same text")
     add("--draft-length", default="4", metavar="K|auto", help="tokens to draft a step; auto adapts to what pays")
     add("--drafting", choices=("probabilistic", "greedy"), default="probabilistic", help="how a draft model drafts")
-    add("--draft-quantization", choices=QUANTIZATIONS, default="none", help="of a draft model's weights")
+    add("--draft-quantization", choices=("auto", *QUANTIZATIONS), default="auto", help="of a draft model's weights")
     add("--mode", choices=("block", "token"), default="block", help="verification")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
     add("--quantization", choices=QUANTIZATIONS, default="none", help="of the target's weights: another target, faster")

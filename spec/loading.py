@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LOOKUPS = ("ngram", "suffix")
 Drafting = Literal["probabilistic", "greedy"]
+DraftQuantization = Literal["auto", "none", "int8", "int4"]
 DRAFT_HELP = (
     "model directory or hub id, ngram or suffix (lookup in the text so far), or a lookup that falls back to a model: "
     "ngram+DIR"
@@ -38,7 +39,9 @@ class DrafterOptions:
     """How a draft model drafts. Nothing here changes the law of the output."""
 
     drafting: Drafting = "probabilistic"
-    quantization: Quantization = "none"  # of the draft's weights
+    # Of the draft's weights. auto: int8 where there is such a product, which is faster for one or two texts at a time, as
+    # these wait for the weights to be read, and slower for many, as it takes as long for every row.
+    quantization: DraftQuantization = "auto"
 
 
 def check_names(target: str, draft: str | None) -> None:
@@ -99,7 +102,7 @@ def open_drafters(
     target: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     models: ModelOptions,
-    quantization: Quantization,
+    quantization: DraftQuantization,
     draftings: Sequence[Drafting],
 ) -> list[Drafter]:
     """One drafter for each way of drafting. They share a draft model: its weights are there once, its cache for all.
@@ -157,7 +160,7 @@ def _maker(
     target: LanguageModel,
     tokenizer: PreTrainedTokenizerBase,
     models: ModelOptions,
-    quantization: Quantization,
+    quantization: DraftQuantization,
 ) -> Callable[[Drafting], Drafter]:
     """What makes drafters of this name; a draft model is loaded here, once."""
     if name == "ngram":
@@ -178,12 +181,14 @@ def _maker(
     check_tokenizers(tokenizer, open_tokenizer(name))
     reduced = DraftVocabulary.load(Path(name), target.vocab_size)
     vocabulary = None if reduced is None else torch.from_numpy(reduced.ids)
+    quick = target.device.type == "cpu" and models.dtype == "bfloat16"
+    chosen: Quantization = ("int8" if quick else "none") if quantization == "auto" else quantization
     try:
-        draft = _load(name, models, quantization, vocabulary)
+        draft = _load(name, models, chosen, vocabulary)
     except UnsupportedModel:  # read by transformers, which has neither a reduced head nor quantised weights
-        if quantization != "none":
+        if quantization not in ("auto", "none"):
             raise
-        draft, vocabulary = _load(name, models, quantization), None
+        draft, vocabulary = _load(name, models, "none"), None
     return lambda drafting: ModelDrafter(draft, target, drafting=drafting, vocabulary=vocabulary)
 
 

@@ -17,6 +17,7 @@ from spec.audit.scoring import Scored
 from spec.audit.statistical import Settings, requests
 from spec.audit.toy import Markov, ToyEngine, toy_prompts
 from spec.audit.trial import PANEL, try_one
+from spec.audit.verdict import Fault, Verdict
 from spec.params import Params
 from spec.request import Request
 
@@ -244,6 +245,19 @@ def test_the_fault_is_named() -> None:
     verdict = try_one("PlainTemperatureIgnored", 1, tokens=8000)
     assert verdict.fault is not None and verdict.fault.name in ("temperature ignored", "temperature")
     assert verdict.fault.where["setting"] != "defaults"
+
+
+def test_other_laws_that_would_have_sufficed_are_named_beside_it_the_best_first() -> None:
+    """Of three, one that explains every token, one that explains most, and one that explains none."""
+    draw, n = np.random.default_rng(3), 200
+    nothing = np.zeros(n)
+    evidence = Evidence(level=math.log(1000))
+    laws = {"seed reuse": nothing + 0.5, "uniform noise": nothing + 2.0, "draft leak": nothing - 1.0}
+    evidence.update(replace(scored(draw.random(n), draw), ratios={k: (v, nothing) for k, v in laws.items()}))
+    assert evidence.shown() == ["uniform noise", "seed reuse"]
+    fault = Fault("uniform noise", {"share": 0.9}, also=("seed reuse",))
+    said = Verdict("different", "engine", "statistical", 0.001, n, fault=fault).sentence()
+    assert said == "different from its target, shown after 200 tokens: uniform noise share 0.9 (also: seed reuse)"
 
 
 def test_a_correct_engine_is_not_called_different_and_is_bounded() -> None:

@@ -133,6 +133,12 @@ class Evidence:
         if len(self._path) > _LOOKS:
             self._path, self._stride = self._path[::2], 2 * self._stride
 
+    def shown(self) -> list[str]:
+        """Named laws whose bets alone, at their weight, bring the whole to ``level``; the best first."""
+        needed = self.level + math.log(2 * _FAMILIES)
+        found = [(capital.log_mean, name) for name, capital in self.named.items() if capital.log_mean >= needed]
+        return [name for _, name in sorted(found, reverse=True)]
+
     def excluded(self, delta: float) -> dict[str, dict[str, float]]:
         """Law m -> ``share``: with probability at least 1 - delta, for all laws and at all looks, the engine does not
         draw that share or more of its tokens from m and the rest from p; ``distance``: the total variation of it.

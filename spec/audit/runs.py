@@ -216,7 +216,8 @@ def _ours(
     from spec.engine import Engine
 
     models = loading.ModelOptions(options.dtype, options.device)
-    drafter = loading.open_drafter(draft, target, tokenizer, models, loading.DrafterOptions(options.drafting))
+    how = loading.DrafterOptions(options.drafting, "none")  # many texts at a time
+    drafter = loading.open_drafter(draft, target, tokenizer, models, how)
     policy = loading.draft_length(options.draft_length)
     return OurEngine(Engine(target, drafter, draft_length=policy, mode=options.verification))
 

@@ -220,7 +220,11 @@ class Watch:
         )
 
     def _fault(self) -> Fault:
-        """The named family with the largest capital, unless a shape has e^5 times that: then none is right."""
+        """The named family with the largest capital, unless a shape has e^5 times that: then none is right.
+
+        What began as one fault shows in many ways (a temperature that is garbage repeats tokens, say), so every other
+        family that would have sufficed alone is named beside it.
+        """
         if self.evidence.reached is None and self.logprob_gap is not None:
             return Fault("log-probs of another token", {"nats off": self.logprob_gap})
         name, best = max(self.evidence.named.items(), key=lambda item: item[1].log_mean)
@@ -228,7 +232,8 @@ class Watch:
         if bump.log_mean > best.log_mean + 5:
             return Fault("unnamed", {"seen in": shape}, self.diagnostics.where(None))
         law = f"temperature x{best.best:g}" if name == "temperature" else name
-        return Fault(name, _parameters(name, best), self.diagnostics.where(law))
+        also = [other for other in self.evidence.shown() if other != name]
+        return Fault(name, _parameters(name, best), self.diagnostics.where(law), tuple(also))
 
 
 def _parameters(name: str, capital: Capital) -> dict[str, float]:

@@ -17,6 +17,7 @@ class Fault:
     name: str
     parameters: dict[str, Any]  # "share" of tokens so drawn, or "factor" of the temperature
     where: dict[str, Any] = field(default_factory=dict)  # position in block or request parameters it shows most in
+    also: tuple[str, ...] = ()  # other laws that would have been shown alone, the best first: one fault has many signs
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Verdict:
         """One line for people."""
         if self.verdict == "different":
             why = f": {self.fault.name} {_brief(self.fault.parameters)}" if self.fault else ""
+            why += f" (also: {', '.join(self.fault.also[:3])})" if self.fault and self.fault.also else ""
             return f"different from its target, shown after {self.tests.get('decided_at', self.tokens):,} tokens{why}"
         if self.verdict == "equivalent":
             bound = "" if self.epsilon is None else f" within {self.epsilon:.2%} a token"

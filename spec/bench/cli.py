@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of prompts and texts")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
     add("--quantization", choices=("none", "int8", "int4"), default="none", help="of the target's weights")
-    add("--draft-quantization", choices=("none", "int8", "int4"), default="none", help="of the draft's")
+    add("--draft-quantization", choices=("auto", "none", "int8", "int4"), default="auto", help="of the draft's")
     add("--device", help="cpu or cuda; default: a GPU where there is one")
     add("--json", metavar="OUT", help="write every figure, with what produced it")
     add("--html", metavar="OUT", help="write a page of plots")

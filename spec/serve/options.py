@@ -43,7 +43,7 @@ def _add_models(group: argparse._ArgumentGroup) -> None:
     add("--retry-backends", action="store_true", help="with --backend auto: try them again")
     add("--draft-length", default="auto", metavar="K|auto", help="tokens to draft a step; auto adapts to what pays")
     add("--drafting", choices=("probabilistic", "greedy"), default="probabilistic", help="how a draft model drafts")
-    add("--draft-quantization", choices=("none", "int8", "int4"), default="none", help="of a draft's weights")
+    add("--draft-quantization", choices=("auto", "none", "int8", "int4"), default="auto", help="of a draft's weights")
     add("--mode", choices=("block", "token"), default="block", help="verification")
     add("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the weights")
     add("--audit-at-start", type=int, default=512, metavar="N",
