@@ -39,8 +39,8 @@ class DrafterOptions:
     """How a draft model drafts. Nothing here changes the law of the output."""
 
     drafting: Drafting = "probabilistic"
-    # Of the draft's weights. auto: int8 where there is such a product, which is faster for one or two texts at a time, as
-    # these wait for the weights to be read, and slower for many, as it takes as long for every row.
+    # Of the draft's weights. auto: int8 where there is such a product. It is faster for one or two texts at a time,
+    # which wait for the weights to be read, and slower for many, since it takes as long for every row.
     quantization: DraftQuantization = "auto"
 
 

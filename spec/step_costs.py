@@ -22,8 +22,9 @@ class StepCosts:
     batch. A prompt's rows are cheaper than output rows (nothing is drawn from them), so they have a cost of their own,
     which is taken off.
 
-    Drafting a token for many sequences is dearer than for one, as a target step is: what was timed for another number
-    of sequences is scaled by what the target's step takes for the two.
+    Drafting a token for many sequences is dearer than for one, as a target step is: what was timed for fewer sequences
+    is scaled by what the target's step takes for the two numbers. What was timed for more is scaled by the numbers
+    themselves, which is hopeful: a draft that is wrongly taken for dear would never be timed.
     """
 
     def __init__(self) -> None:
@@ -69,7 +70,8 @@ class StepCosts:
         if not self._draft:
             return _GUESS * here
         near = min(self._draft, key=lambda place: abs(math.log(place / sequences)))
-        return median(self._draft[near]) * here / float(self.target(np.array([near]))[0])
+        scale = sequences / near if sequences < near else here / float(self.target(np.array([near]))[0])
+        return median(self._draft[near]) * scale
 
 
 def rounded(rows: int) -> int:

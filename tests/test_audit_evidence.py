@@ -252,7 +252,7 @@ def test_other_laws_that_would_have_sufficed_are_named_beside_it_the_best_first(
     draw, n = np.random.default_rng(3), 200
     nothing = np.zeros(n)
     evidence = Evidence(level=math.log(1000))
-    laws = {"seed reuse": nothing + 0.5, "uniform noise": nothing + 2.0, "draft leak": nothing - 1.0}
+    laws = {"seed reuse": nothing + 0.5, "uniform noise": nothing + 2.0, "temperature x2": nothing - 1.0}
     evidence.update(replace(scored(draw.random(n), draw), ratios={k: (v, nothing) for k, v in laws.items()}))
     assert evidence.shown() == ["uniform noise", "seed reuse"]
     fault = Fault("uniform noise", {"share": 0.9}, also=("seed reuse",))

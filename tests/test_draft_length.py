@@ -320,7 +320,7 @@ def test_costs_are_medians_interpolated_and_forgotten() -> None:
     costs.observe_draft(1, 4, 1.0)
     assert [costs.draft_token(n) for n in (1, 3, 5)] == [0.25, 0.375, 0.5]  # as the target's step grows
     costs.observe_draft(5, 2, 5.0)
-    assert [costs.draft_token(n) for n in (1, 3, 5)] == [0.25, 1.875, 2.5]
+    assert [costs.draft_token(n) for n in (1, 3, 5)] == [0.25, 1.5, 2.5]  # hopeful for fewer
     for _ in range(1100):
         costs.observe(5, 4.0)
     assert costs.target(np.array([1])).tolist() == [4]  # as of long ago: to be tried again
