@@ -86,7 +86,7 @@ class Scorer:
                 )
         twins = [self._twin(sample) for _, sample in kept]
         most = max(1, min(self.elements // self.target.vocab_size, _MOST_ROWS))
-        parts, last = [], None
+        columns, last = _Columns(sum(len(s.token_ids) for _, s in kept)), None
         for rows, draft_logits in self._pieces([s for _, s in kept], twins, most):
             p = target_law(rows)
             q = None if draft_logits is None else draft_law(rows, draft_logits)
@@ -94,9 +94,9 @@ class Scorer:
             raw = (
                 _raw_log_p(rows) if any(s.logprobs is not None for _, s in kept) else torch.full_like(noise, torch.nan)
             )
-            parts.append(_score_rows(rows, p, q, last, noise, raw))
+            columns.add(_score_rows(rows, p, q, last, noise, raw))
             last = p[-1].clone()
-        return _joined(kept, parts)
+        return _scored(kept, columns)
 
     def _twin(self, sample: Sample) -> list[int]:
         """What an earlier answer to the same request said at each position, -1 from where the two part."""
@@ -219,35 +219,46 @@ def _pit(p: Tensor, order: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     return torch.where(possible, (ahead + noise * level).clamp(max=1 - 2.0**-24), torch.nan)
 
 
-def _joined(kept: Sequence[tuple[int, Sample]], parts: Sequence[_Piece]) -> Scored:
+class _Columns:
+    """Pieces joined as they come, into arrays that are there from the first on.
+
+    To keep the pieces until the end took gigabytes: each of their small arrays was cut from the memory of a large one
+    that had just been freed, which was then too short for the next.
+    """
+
+    def __init__(self, count: int):
+        self._count, self._at = count, 0
+        self.flat: dict[str, np.ndarray] = {name: np.zeros(count) for name in _FLAT}
+        self.ratios: Pairs = {}
+        self.directions: Pairs = {}
+
+    def add(self, piece: _Piece) -> None:
+        """A law that is not in use in a piece is the target's there: 0."""
+        here = slice(self._at, self._at + len(piece.log_p))
+        self._at = here.stop
+        for name, column in self.flat.items():
+            column[here] = getattr(piece, name)
+        for pairs, new in ((self.ratios, piece.ratios), (self.directions, piece.directions)):
+            for name, found in new.items():
+                whole = pairs.setdefault(name, (np.zeros(self._count), np.zeros(self._count)))
+                for column, values in zip(whole, found, strict=True):
+                    column[here] = values
+
+
+_FLAT = ("log_p", "raw_log_p", "entropy", "spread", "pit", "draft_pit", "id_pit")
+
+
+def _scored(kept: Sequence[tuple[int, Sample]], columns: _Columns) -> Scored:
     index = [
         (i, at, offset)
         for i, s in kept
         for at, offset in enumerate(s.offsets if s.offsets is not None else [UNKNOWN] * len(s.token_ids))
     ]
     sample, position, offset = np.array(index, dtype=np.int64).reshape(-1, 3).T
-    flat = {
-        name: np.concatenate([np.zeros(0), *(getattr(part, name) for part in parts)])
-        for name in ("log_p", "raw_log_p", "entropy", "spread", "pit", "draft_pit", "id_pit")
-    }
     reported = np.array([x for _, s in kept for x in s.logprobs or [math.nan] * len(s.token_ids)])
+    flat = dict(columns.flat)
     gaps = {"raw": np.abs(reported - flat.pop("raw_log_p")), "processed": np.abs(reported - flat["log_p"])}
-    sizes = [len(part.log_p) for part in parts]
-    ratios = _joined_pairs([part.ratios for part in parts], sizes)
-    return Scored(
-        sample, position, offset, ratios=ratios, directions=_joined_pairs([part.directions for part in parts], sizes),
-        gaps=gaps, **flat,
-    )  # fmt: skip
-
-
-def _joined_pairs(parts: Sequence[Pairs], sizes: Sequence[int]) -> Pairs:
-    """By name; a law that is not in use in a part is the target's there."""
-    blanks = [(np.zeros(size), np.zeros(size)) for size in sizes]
-    joined = {}
-    for name in dict.fromkeys(name for part in parts for name in part):
-        found = [part.get(name, blank) for part, blank in zip(parts, blanks, strict=True)]
-        joined[name] = np.concatenate([a for a, _ in found]), np.concatenate([b for _, b in found])
-    return joined
+    return Scored(sample, position, offset, ratios=columns.ratios, directions=columns.directions, gaps=gaps, **flat)
 
 
 def _f64(tensor: Tensor) -> np.ndarray:
