@@ -181,6 +181,22 @@ def test_answers_share_passes_and_prompts_and_no_slot_is_lost(slots: int, most: 
         next(ModelConditionals(TableModel(random_logits(V, 0), V, slots=0)).rows(samples, most))
 
 
+def test_a_forward_pass_that_fails_leaves_no_slot_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a prompt is read, and while an answer is."""
+    for passes in (0, 1):
+        model = TableModel(random_logits(V, 0), V, slots=5)
+        left, forward = iter(range(passes)), model.forward
+
+        def fails(step, left=left, forward=forward):
+            next(left)
+            return forward(step)
+
+        monkeypatch.setattr(model, "forward", fails)
+        with pytest.raises(RuntimeError):
+            next(ModelConditionals(model).rows([Sample(PROMPT, SAID, Params())], 100))
+        assert len(model.free) == 5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sums_of_rows_are_right_to_rounding(dtype: torch.dtype) -> None:
     """Rows longer than a chunk, with zeros and infinite orders; the truth from torch in float64."""

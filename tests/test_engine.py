@@ -310,7 +310,7 @@ def test_what_prompts_have_in_common_is_read_once() -> None:
         pass
     assert ids([results[i] for i in range(len(requests))]) == alone
     for model in (target, draft):
-        assert sum(model.forwards) < len(system) + 150  # 5 texts of 6 tokens, drafted for, and the prompt once
+        assert sum(model.forwards) < len(system) + 120  # 5 texts of 6 tokens, drafted for, and the prompt once
 
 
 def test_samples_share_one_prefill_and_differ(llama) -> None:

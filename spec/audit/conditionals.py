@@ -88,17 +88,25 @@ class _Prompts:
             if not self._kept:
                 return None
             self._forget()
-        source = self._kept.get(sample.prompt_ids)
+        try:
+            self._fill(slot, sample.prompt_ids, known)
+        except BaseException:  # nobody else knows of it yet
+            self._model.close(slot)
+            raise
+        return slot
+
+    def _fill(self, slot: int, prompt: tuple[int, ...], known: int) -> None:
+        """The first ``known`` tokens of a prompt, copied where there is room to keep it."""
+        source = self._kept.get(prompt)
         if source is None and len(self._kept) == _PROMPTS:
             self._forget()
         if source is None and known and (source := self._model.open(known)) is not None:
-            self._read(source, sample.prompt_ids[:known])
-            self._kept[sample.prompt_ids] = source
+            self._kept[prompt] = source  # at once, so that close() finds it
+            self._read(source, prompt[:known])
         if source is not None:
             self._model.fork(source, slot, known)
         else:
-            self._read(slot, sample.prompt_ids[:known])
-        return slot
+            self._read(slot, prompt[:known])
 
     def _read(self, slot: int, tokens: Sequence[int]) -> None:
         for at in range(0, len(tokens), self._most):
