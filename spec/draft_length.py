@@ -22,8 +22,9 @@ import numpy as np
 from spec.drafters.base import Context
 from spec.step_costs import StepCosts
 
-# To begin to draft a batch must gain so much: the medians behind it may be off by less, and the draft must read first.
-_WORTHWHILE = 1.05
+_WORTHWHILE = 1.05  # what a batch must gain to begin to draft: the medians behind it may be off by less
+_PROBING = 1 / 32  # of the time, at the most, is spent on what probes have to read
+_PAYBACK = 32  # rounds within which drafting must pay for what the draft has to read first
 
 
 class DraftLength(Protocol):
@@ -88,13 +89,16 @@ class Adaptive:
     again in the next round as long as all of it is accepted: so it recovers. The costs of plain steps are refreshed by
     one plain step in ``probe_every``.
 
+    A draft must first read what was said since it last drafted, the prompt to begin with. A sequence is drafted for
+    only if that pays within the rounds it may have left.
+
     Measured costs, and acceptance shared among sequences, make the text of a sampled request exact in law but *not*
     reproducible: timings differ from run to run, and with them the lengths. With ``costs`` fixed, a sequence's lengths
     follow from its own past alone: the same seed gives the same text, alone or in a batch.
 
     Where costs are measured and drafting pays for nobody, one sequence at a time probes for all: at saturation a
     sequence's own probe would come up in almost every step, and each takes a pass of the draft that reads what was
-    committed in between.
+    committed in between. So a probe goes on for a second round, which tells what drafting itself takes.
     """
 
     def __init__(
@@ -145,11 +149,14 @@ class Adaptive:
         else:
             survival = self._survival(states, self._everyone.rates(self._prior))
             costs = self._measured
-            gain = 1.0 if self._pays else _WORTHWHILE
-            best = best_lengths(survival, allowed, costs.draft_token(len(states)), costs.target, gain).tolist()
+            gain, each = 1.0 if self._pays else _WORTHWHILE, costs.reading()
+            reading = [each * state.unread(context) for state, context in zip(states, contexts, strict=True)]
+            a_step = [seconds / min(limit + 1, _PAYBACK) for seconds, limit in zip(reading, limits, strict=True)]
+            draft = costs.draft_token(len(states))
+            best = best_lengths(survival, allowed, draft, costs.target, a_step, gain).tolist()
             self._pays = any(best)
             if not self._pays:
-                return self._one_probes(states, allowed)
+                return self._one_probes(states, allowed, reading)
             self._idle = 0
         return [
             state.next_length(length, limit, self.probe_every)
@@ -165,17 +172,16 @@ class Adaptive:
         seconds_draft: float | None,
         prompt_rows: int = 0,
     ) -> None:
-        # A proposal for a few of many is cheaper than one for all, and one after a pause reads what was said meanwhile,
-        # a new sequence's prompt too: neither says what a draft token costs.
-        drafting = [context for context, offered in zip(contexts, drafted, strict=True) if offered]
-        fresh = 2 * len(drafting) >= len(drafted) and all(self._sequence(c).pause <= 1 for c in drafting)
-        for context, offered, passed in zip(contexts, drafted, accepted, strict=True):
-            self._sequence(context).observe(offered, passed)
-            self._everyone.observe(offered, passed)
+        states = [self._sequence(context) for context in contexts]
+        timed = seconds_target is not None and seconds_draft is not None
         if seconds_target is not None and seconds_draft is not None:
             self._measured.observe(sum(drafted) + len(drafted), seconds_target, prompt_rows)
-            if fresh:
-                self._measured.observe_draft(len(drafted), max(drafted, default=0), seconds_draft)
+            if any(drafted):
+                unread = sum(s.unread(c) for s, c, offered in zip(states, contexts, drafted, strict=True) if offered)
+                self._measured.observe_draft(sum(k > 0 for k in drafted), max(drafted), unread, seconds_draft)
+        for state, context, offered, passed in zip(states, contexts, drafted, accepted, strict=True):
+            state.observe(context, offered, passed, timed and self.costs is None)
+            self._everyone.observe(offered, passed)
 
     def forget(self, context: Context) -> None:
         self._sequences.pop(context.id, None)
@@ -189,11 +195,15 @@ class Adaptive:
     def _survival(states: Sequence[_Sequence], prior: np.ndarray) -> np.ndarray:
         return np.stack([state.acceptance.survival(prior) for state in states])
 
-    def _one_probes(self, states: Sequence[_Sequence], allowed: Sequence[int]) -> list[int]:
-        """[B] nobody drafts, but for the sequence that has waited longest, when a probe is due."""
+    def _one_probes(self, states: Sequence[_Sequence], allowed: Sequence[int], reading: Sequence[float]) -> list[int]:
+        """[B] nobody drafts, but for the sequence that has waited longest, when a probe is due.
+
+        ``reading`` [B]: seconds that a draft would have to read first.
+        """
         self._idle += 1
         last = max(range(len(states)), key=lambda b: (allowed[b] > 0, states[b].keen, states[b].rounds))
-        due = self._idle >= self.probe_every or states[last].keen
+        step = float(self._measured.target(np.array([len(states)]))[0])
+        due = self._idle >= max(self.probe_every, reading[last] / (_PROBING * step)) or states[last].keen
         if due:
             self._idle = 0
         return [state.next_length(0, limit if due and b == last else 0, 1)
@@ -210,9 +220,13 @@ class _Sequence:
     def __init__(self, acceptance: Acceptance) -> None:
         self.acceptance = acceptance
         self.rounds = 0  # since the last probe
-        self.pause = math.inf  # rounds since it last drafted
-        self.keen = False  # all of the last round's probe was accepted, so the next one is at once
+        self.keen = False  # the last round's probe was worth another at once
         self._probing = False  # the length of the last round was a probe
+        self._pause, self._read = math.inf, 0  # rounds since it last drafted, and its tokens then
+
+    def unread(self, context: Context) -> int:
+        """Tokens that the draft has to read before it can go on; what a round or two have added is not counted."""
+        return 0 if self._pause <= 1 else len(context) - self._read
 
     def next_length(self, best: int, limit: int, probe_every: int) -> int:
         self.rounds += 1
@@ -221,11 +235,15 @@ class _Sequence:
             self.rounds = 0
         return best + self._probing
 
-    def observe(self, drafted: int, accepted: int) -> None:
+    def observe(self, context: Context, drafted: int, accepted: int, twice: bool) -> None:
+        """``twice``: a probe after a pause is followed by another, whatever becomes of it."""
         self.acceptance.observe(drafted, accepted)
-        self.pause = 0 if drafted else self.pause + 1
         if self._probing:
-            self.keen = accepted == drafted
+            self.keen = accepted == drafted or (twice and self._pause > 1)
+        if drafted:
+            self._pause, self._read = 0, len(context)
+        else:
+            self._pause += 1
         self._probing = False
 
 
@@ -271,31 +289,40 @@ def best_lengths(
     limits: Sequence[int],
     draft_token: float,
     target: Callable[[np.ndarray], np.ndarray],
+    reading: Sequence[float] | None = None,
     worthwhile: float = 1.0,
 ) -> np.ndarray:
     """[B] draft lengths that maximise expected tokens a second of one step, the fewest drafted tokens of equals.
 
-        (B + sum_b sum_{i <= K_b} S_bi) / (T(B + sum_b K_b) + d max_b K_b)
+        (B + sum_b sum_{i <= K_b} S_bi) / (T(B + sum_b K_b) + d max_b K_b + sum_{b: K_b > 0} R_b)
 
-    Drafting is batched, so its cost d is per token of the longest draft. Exact: for a given longest draft and a given
-    number of rows the best choice is the tokens likeliest to survive, and every such pair is looked at.
+    Drafting is batched, so its cost d is per token of the longest draft. Exact where nothing is to be read (R = 0): for
+    a given longest draft and a given number of rows the best choice is the tokens likeliest to survive, and every such
+    pair is looked at. With R, sequences are first left out whose tokens are not worth it at the plain step's rate.
 
     Args:
         survival: [B, L] chance that a position and all before it are accepted, never increasing along a row.
         limits: [B] longest draft of each sequence, at most L.
         draft_token: d, seconds. target: T, seconds of a target step from a number of rows, elementwise.
+        reading: [B] R, seconds a step that drafting for a sequence takes besides.
         worthwhile: how many times the rate of a plain step any drafting must promise.
     """
     batch, longest = survival.shape
+    besides = np.zeros(batch) if reading is None else np.asarray(reading)
+    plain, doubled = target(np.array([batch, 2 * batch]))
+    worth = np.maximum(survival - (doubled - plain) / plain, 0).sum(1)  # tokens, less what their rows take
     allowed = np.arange(longest) < np.asarray(limits)[:, None]
-    best_rate, best = worthwhile * batch / float(target(np.array([batch]))[0]), np.zeros(batch, dtype=np.int64)
+    allowed &= ((besides == 0) | (worth > besides * batch / plain))[:, None]
+    best_rate, best = worthwhile * batch / plain, np.zeros(batch, dtype=np.int64)
     for length in range(1, max(limits, default=0) + 1):
         who, where = np.nonzero(allowed[:, :length])
         order = np.lexsort((where, -survival[who, where]))  # of equal chances the earlier position: prefixes stay whole
-        gained = batch + survival[who, where][order].cumsum()
-        rates = gained / (target(batch + 1 + np.arange(len(order))) + draft_token * length)
+        who, where = who[order], where[order]
+        gained = batch + survival[who, where].cumsum()
+        read = np.where(where == 0, besides[who], 0).cumsum()
+        rates = gained / (target(batch + 1 + np.arange(len(who))) + draft_token * length + read)
         most = rates.max(initial=0.0)
         if most > best_rate:
-            best_rate, chosen = most, order[: int(rates.argmax()) + 1]
-            best = np.bincount(who[chosen], minlength=batch)
+            best_rate = most
+            best = np.bincount(who[: int(rates.argmax()) + 1], minlength=batch)
     return best

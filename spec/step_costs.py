@@ -9,12 +9,14 @@ from statistics import median
 import numpy as np
 
 _WINDOW = 15  # last measurements a median is of
+_DRAFTS = 5  # of drafts: where drafting seems not to pay there is one now and then, and it must be able to show it does
 _STALE = 512  # steps after which a number of rows that has not come up again is forgotten
 _GUESS = 0.1  # draft token / target step, before a draft was timed
+_TELLING = 8  # tokens read by a draft from which their cost shows beside that of drafting
 
 
 class StepCosts:
-    """Seconds of a target step by its number of rows, and of drafting one token.
+    """Seconds of a target step by its number of rows, of drafting one token, and of what a draft reads before.
 
     Between numbers of rows that have been timed the cost is interpolated; beyond them every row is taken to add what a
     prompt's row does, or nothing before one was timed. If that is too hopeful, trying it corrects it.
@@ -32,6 +34,7 @@ class StepCosts:
         self._prompt: deque[float] = deque(maxlen=_WINDOW)  # a row
         self._seen: dict[int, int] = {}  # number of rows -> step it last came up
         self._draft: dict[int, deque[float]] = {}  # by number of sequences
+        self._reading: deque[float] = deque(maxlen=_DRAFTS)  # a token
         self._step = 0
 
     def observe(self, rows: int, seconds: float, prompt_rows: int = 0) -> None:
@@ -59,10 +62,12 @@ class StepCosts:
         beyond = np.maximum(np.asarray(rows) - places[-1], 0)
         return known + beyond * (median(self._prompt) if self._prompt else 0.0)
 
-    def observe_draft(self, sequences: int, longest: int, seconds: float) -> None:
-        """A proposal for so many sequences, up to ``longest`` tokens each, that had little to read before."""
-        if longest:
-            self._draft.setdefault(rounded(sequences), deque(maxlen=_WINDOW)).append(seconds / longest)
+    def observe_draft(self, sequences: int, longest: int, unread: int, seconds: float) -> None:
+        """A proposal for so many sequences, up to ``longest`` tokens each; ``unread`` tokens were read before."""
+        if not unread:
+            self._draft.setdefault(rounded(sequences), deque(maxlen=_DRAFTS)).append(seconds / longest)
+        elif unread >= _TELLING:
+            self._reading.append(max(seconds - longest * self.draft_token(sequences), 0.0) / unread)
 
     def draft_token(self, sequences: int) -> float:
         """Seconds a token of the longest draft; a tenth of a target step before any was timed."""
@@ -72,6 +77,13 @@ class StepCosts:
         near = min(self._draft, key=lambda place: abs(math.log(place / sequences)))
         scale = sequences / near if sequences < near else here / float(self.target(np.array([near]))[0])
         return median(self._draft[near]) * scale
+
+    def reading(self) -> float:
+        """Seconds a token that a draft must read before it can go on; nothing before any was timed.
+
+        No more than a drafted one's: the first readings may have compiled something.
+        """
+        return min(median(self._reading), self.draft_token(1)) if self._reading else 0.0
 
 
 def rounded(rows: int) -> int:
