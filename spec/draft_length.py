@@ -23,6 +23,7 @@ from spec.drafters.base import Context
 from spec.step_costs import StepCosts
 
 _WORTHWHILE = 1.05  # what a batch must gain to begin to draft: the medians behind it may be off by less
+_ALIKE = 5.0  # observations of its own that weigh as much, for a sequence, as what all the others showed
 _PROBING = 1 / 32  # of the time, at the most, is spent on what probes have to read
 _PAYBACK = 32  # rounds within which drafting must pay for what the draft has to read first
 
@@ -132,7 +133,7 @@ class Adaptive:
         self.max_length, self.costs = max_length, costs
         self.memory, self.probe_every = memory, probe_every
         self._prior = np.full(max_length, prior)
-        self._everyone = Acceptance(max_length, 10 * memory)
+        self._everyone = Acceptance(max_length, 5 * memory)
         self._sequences: dict[int, _Sequence] = {}
         self._measured = StepCosts()
         self._steps = 0
@@ -147,7 +148,7 @@ class Adaptive:
         elif self._plain_step_due():
             return [0] * len(contexts)
         else:
-            survival = self._survival(states, self._everyone.rates(self._prior))
+            survival = self._survival(states, self._everyone.rates(self._prior), _ALIKE)
             costs = self._measured
             gain, each = 1.0 if self._pays else _WORTHWHILE, costs.reading()
             reading = [each * state.unread(context) for state, context in zip(states, contexts, strict=True)]
@@ -192,8 +193,8 @@ class Adaptive:
         return self._sequences[context.id]
 
     @staticmethod
-    def _survival(states: Sequence[_Sequence], prior: np.ndarray) -> np.ndarray:
-        return np.stack([state.acceptance.survival(prior) for state in states])
+    def _survival(states: Sequence[_Sequence], prior: np.ndarray, weight: float = 2.0) -> np.ndarray:
+        return np.stack([state.acceptance.survival(prior, weight) for state in states])
 
     def _one_probes(self, states: Sequence[_Sequence], allowed: Sequence[int], reading: Sequence[float]) -> list[int]:
         """[B] nobody drafts, but for the sequence that has waited longest, when a probe is due.
@@ -257,6 +258,8 @@ class Acceptance:
     def observe(self, drafted: int, accepted: int) -> None:
         """A step that drafted so many tokens and accepted the first so many of them."""
         assert 0 <= accepted <= drafted
+        if not drafted:
+            return
         reached = slice(0, min(accepted + 1, drafted))
         self._reached[reached] = self._keep * self._reached[reached] + 1
         self._passed[reached] *= self._keep
@@ -266,9 +269,9 @@ class Acceptance:
         """[L] chance that a position passes once reached, with ``prior`` [L] worth ``weight`` observations."""
         return (self._passed + weight * prior) / (self._reached + weight)
 
-    def survival(self, prior: np.ndarray) -> np.ndarray:
+    def survival(self, prior: np.ndarray, weight: float = 2.0) -> np.ndarray:
         """[L] chance that a position and all before it pass: never increasing."""
-        return self.rates(prior).cumprod()
+        return self.rates(prior, weight).cumprod()
 
 
 def best_lengths_alone(survival: np.ndarray, limits: Sequence[int], draft_token: float, target: float) -> np.ndarray:
