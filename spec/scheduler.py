@@ -66,7 +66,7 @@ class Scheduler:
                 put_off.append(sample)
                 continue
             try:
-                started = self._start(sample, reader)
+                started = self._start(sample)
             except ValueError as error:
                 refused.append((sample, str(error)))
                 continue
@@ -80,10 +80,11 @@ class Scheduler:
         """The next forward pass: every decoding sequence, and prompts as far as the budget goes."""
         turns, budget = [], self._prefill_tokens
         for sample in self._running:
-            pending = sample.pending
-            if pending == 1:
+            if sample.pending == 1:
                 turns.append(Turn(sample, 1, True, False))
             elif budget:
+                self._take_over(sample)
+                pending = sample.pending
                 tokens = min(pending, budget)
                 budget -= tokens
                 turns.append(Turn(sample, tokens, tokens == pending, True))
@@ -111,7 +112,18 @@ class Scheduler:
             sample.drafting = asked and drafter is not None and drafter.open(sample.context)
         self._drafter = drafter
 
-    def _start(self, sample: Sample, reader: Sample | None) -> bool:
+    def _take_over(self, sample: Sample) -> None:
+        """Copies what another one has read of the same prompt, as late as can be: of many that start at once, too."""
+
+        def known(other: Sample) -> int:
+            return min(other.cached, _in_common(other, sample))
+
+        reader = max((other for other in self._running if other is not sample), key=known, default=None)
+        if reader is not None and (tokens := known(reader)) > sample.cached:
+            self._target.fork(reader.slot, sample.slot, tokens)
+            sample.cached = tokens
+
+    def _start(self, sample: Sample) -> bool:
         """False while there is no room. Raises ValueError where there never will be."""
         context = sample.context
         slot = self._target.open(context.capacity)
@@ -131,9 +143,6 @@ class Scheduler:
             if not sample.drafting and self._running:
                 self._target.close(slot)
                 return False
-        if reader is not None and (known := min(reader.cached, _in_common(reader, sample))):
-            self._target.fork(reader.slot, slot, known)
-            sample.cached = known
         sample.slot = slot
         if sample.task.result.seconds_queued is None:
             sample.task.result.seconds_queued = sample.task.seconds()

@@ -82,7 +82,7 @@ class ModelDrafter:
         self._sequences: dict[int, _Sequence] = {}
 
     def open(self, context: Context) -> bool:
-        """See :class:`spec.drafters.base.Drafter`. What a prompt has in common with one that was read is copied."""
+        """See :class:`spec.drafters.base.Drafter`."""
         capacity = min(context.capacity, self.model.max_positions)
         if capacity <= len(context.prompt_ids):
             self._sequences[context.id] = _Sequence(context, None)
@@ -90,17 +90,7 @@ class ModelDrafter:
         slot = self.model.open(capacity)
         if slot is None:
             return False
-        sequence = self._sequences[context.id] = _Sequence(context, slot, capacity)
-
-        def known(other: _Sequence) -> int:
-            shared = min(common_prefix(other.context.prompt_ids, context.prompt_ids), len(context.prompt_ids) - 1)
-            return 0 if other is sequence or other.slot is None else min(shared, other.cached)
-
-        source = max(self._sequences.values(), key=known)
-        if tokens := known(source):
-            assert source.slot is not None
-            self.model.fork(source.slot, slot, tokens)
-            sequence.cached = tokens
+        self._sequences[context.id] = _Sequence(context, slot, capacity)
         return True
 
     def propose(self, contexts: Sequence[Context], lengths: Sequence[int]) -> Drafts:
@@ -136,6 +126,9 @@ class ModelDrafter:
         fed: list[list[int]] = []
         starts: list[int] = []
         for sequence, ids in zip(sequences, drafted, strict=True):
+            if not ids:
+                self._take_over(sequence)  # before any of them counts what this pass will read
+        for sequence, ids in zip(sequences, drafted, strict=True):
             total = len(sequence.context)
             if ids:
                 fed.append(ids[-1:])
@@ -146,6 +139,22 @@ class ModelDrafter:
                 starts.append(sequence.cached)
                 sequence.cached = total
         return self._forward([s.slot for s in sequences], starts, fed, logits=True)
+
+    def _take_over(self, sequence: _Sequence) -> None:
+        """Copies what a prompt has in common with one that was read."""
+        prompt = sequence.context.prompt_ids
+        if sequence.cached >= len(prompt) - 1:
+            return
+
+        def known(other: _Sequence) -> int:
+            shared = min(common_prefix(other.context.prompt_ids, prompt), len(prompt) - 1)
+            return 0 if other is sequence or other.slot is None else min(shared, other.cached)
+
+        source = max(self._sequences.values(), key=known)
+        if (tokens := known(source)) > sequence.cached:
+            assert source.slot is not None and sequence.slot is not None
+            self.model.fork(source.slot, sequence.slot, tokens)
+            sequence.cached = tokens
 
     def _read(self, sequence: _Sequence, stop: int) -> None:
         """Caches committed tokens up to ``stop``, in parts: the activations of a long prompt would fill the memory."""
