@@ -61,7 +61,8 @@ class HeldOut:
         }
         figures: dict[str, float] = {}
         for visited_by, scored in (("teacher", self._scored), ("student", own)):
-            sampled, greedy = token_statistics(student, scored[False]), token_statistics(student, scored[True])
+            sampled = token_statistics(student, scored[False])
+            greedy = token_statistics(student, scored[True], agreement_only=True)
             figures |= summarise(sampled, greedy, visited_by)
             tell(0)
         return figures
@@ -82,7 +83,9 @@ def heldout_params(max_tokens: int, seed: int, greedy: bool, stop_token_ids: tup
 
 
 @torch.no_grad()
-def token_statistics(student: Student, scored: Sequence[tuple[Batch, Score]]) -> dict[str, float]:
+def token_statistics(
+    student: Student, scored: Sequence[tuple[Batch, Score]], agreement_only: bool = False
+) -> dict[str, float]:
     """Means over all completion tokens of the batches, at temperature 1, nats.
 
     ``reverse_kl``, ``forward_kl``, ``acceptance`` (sum over the vocabulary of min(p, q)), ``agreement`` (same most
@@ -96,7 +99,8 @@ def token_statistics(student: Student, scored: Sequence[tuple[Batch, Score]]) ->
         for q, p in iter_logprobs(hidden, head, score.hidden, score.head, chunk_size=CHUNK):
             ids = batch.token_ids[start : start + len(q), None]
             start += len(q)
-            for name, values in _row_statistics(q, p, ids).items():
+            rows = {"agreement": greedy_agreement(p, q).float()} if agreement_only else _row_statistics(q, p, ids)
+            for name, values in rows.items():
                 sums[name] = sums.get(name, 0.0) + float(values.double().sum())
         tokens += len(batch.token_ids)
     return {name: total / tokens for name, total in sums.items()}

@@ -198,16 +198,16 @@ def _audit_live(worker: Worker, share: float, metrics: Metrics, log: RequestLog)
 
 
 def _limits(options: Namespace, parts: _Parts) -> Limits:
+    from spec.engine import ending_tokens
     from spec.serve.plan import Limits
 
-    end = parts.tokenizer.eos_token_id
     return Limits(
         vocabulary=parts.target.vocab_size,
         # The cache hands out whole blocks of 16.
         context=min(parts.target.max_positions, options.cache_tokens // 16 * 16, options.max_model_len or sys.maxsize),
         default_tokens=options.default_max_tokens,
         samples=min(_MOST_CHOICES, options.max_running + options.max_waiting),
-        end_tokens=tuple({*parts.target.end_tokens, *([] if end is None else [end])}),
+        end_tokens=tuple(ending_tokens(parts.target, parts.tokenizer)),
         adaptive=False,
     )
 
