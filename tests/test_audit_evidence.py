@@ -241,6 +241,12 @@ def test_mass_outside_the_support_on_few_rows(tolerance: float, knows_rows: bool
     assert (alarms <= 30 * 0.1 + 2 * math.sqrt(30 * 0.09)) if fair else alarms > 15
 
 
+def test_a_temperature_that_is_not_a_number_is_named_though_the_text_repeats_itself() -> None:
+    verdict = try_one("TemperatureNotANumber", 0, tokens=600)
+    assert verdict.tests["decided_at"] <= 64
+    assert verdict.fault is not None and verdict.fault.name == "garbage temperature, not a number"
+
+
 def test_the_fault_is_named() -> None:
     verdict = try_one("PlainTemperatureIgnored", 1, tokens=8000)
     assert verdict.fault is not None and verdict.fault.name in ("temperature ignored", "temperature")

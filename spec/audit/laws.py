@@ -74,6 +74,8 @@ def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -
     yield from _temperatures(rows, p)
     yield from _dropped(rows, p)
     yield "garbage temperature", ratio(_garbage(rows, p), p, rows.tokens)
+    # Divided by 0 or by NaN a row of logits is one of NaN, and the argmax of that is its first element.
+    yield "garbage temperature, not a number", _one_hot(torch.zeros_like(rows.tokens), p, rows.tokens, chosen)
     yield "previous row's law", ratio(_shifted(p, last, rows.previous), p, rows.tokens)
     yield "greedy verification", _one_hot(p.argmax(-1), p, rows.tokens, chosen)
     yield "previous token again", _one_hot(rows.previous, p, rows.tokens, chosen)

