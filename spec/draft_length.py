@@ -88,7 +88,8 @@ class Adaptive:
     from that of all sequences so far; costs are running medians (:class:`spec.step_costs.StepCosts`). Where drafting
     does not pay the length is 0. Every ``probe_every`` rounds a sequence drafts one token more than seems best, and
     again in the next round as long as all of it is accepted: so it recovers. The costs of plain steps are refreshed by
-    one plain step in ``probe_every``.
+    one plain step in ``probe_every``, and a number of sequences that is new begins with a few: whatever is chosen, both
+    sides of the comparison were timed.
 
     A draft must first read what was said since it last drafted, the prompt to begin with. A sequence is drafted for
     only if that pays within the rounds it may have left.
@@ -145,7 +146,7 @@ class Adaptive:
         allowed = [min(limit, self.max_length) for limit in limits]
         if self.costs is not None:
             best = best_lengths_alone(self._survival(states, self._prior), allowed, *self.costs).tolist()
-        elif self._plain_step_due():
+        elif self._plain_step_due() or not self._measured.knows(len(contexts)):
             return [0] * len(contexts)
         else:
             survival = self._survival(states, self._everyone.rates(self._prior), _ALIKE)

@@ -12,6 +12,7 @@ _WINDOW = 15  # last measurements a median is of
 _DRAFTS = 5  # of drafts: where drafting seems not to pay there is one now and then, and it must be able to show it does
 _STALE = 512  # steps after which a number of rows that has not come up again is forgotten
 _GUESS = 0.1  # draft token / target step, before a draft was timed
+_ENOUGH = 3  # measurements of a number of rows from which one hiccup no longer decides
 _TELLING = 8  # tokens read by a draft from which their cost shows beside that of drafting
 
 
@@ -53,12 +54,18 @@ class StepCosts:
             for old in [place for place, step in self._seen.items() if step <= self._step - _STALE]:
                 del self._target[old], self._seen[old]
 
+    def knows(self, rows: int) -> bool:
+        """Whether steps with so many rows were timed often enough to be compared with."""
+        return len(self._target.get(rounded(rows), ())) >= _ENOUGH
+
     def target(self, rows: np.ndarray) -> np.ndarray:
         """Seconds of a target step with [n] numbers of rows; 1 before any was timed."""
         if not self._target:
             return np.ones(len(rows))
         places = sorted(self._target)
-        known = np.interp(rows, places, [median(self._target[place]) for place in places])
+        medians = np.array([median(self._target[place]) for place in places])
+        least = np.minimum.accumulate(medians[::-1])[::-1]  # more rows never take less: what seems so was a hiccup
+        known = np.interp(rows, places, least)
         beyond = np.maximum(np.asarray(rows) - places[-1], 0)
         return known + beyond * (median(self._prompt) if self._prompt else 0.0)
 

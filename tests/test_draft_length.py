@@ -253,6 +253,20 @@ def closed_loop(policy: Adaptive, prompt: int, clients: int, steps: int) -> tupl
     return seconds / tokens, drafting / steps / clients
 
 
+def test_one_slow_step_of_a_new_number_of_sequences_does_not_start_drafting() -> None:
+    """After a text alone and 32 at a time there are 16, whose first step is slow: its plain step must not look dear."""
+    policy, drafted = Adaptive(4), []
+    for step in range(150):
+        batch = 1 if step < 40 else 32 if step < 80 else 16
+        contexts = [Context(batch * 100 + i, Params(), ()) for i in range(batch)]
+        lengths = policy.lengths(contexts, [4] * batch)
+        seconds = 2.5 * step if step == 80 else 20.0 + 1.6 * (batch + sum(lengths))
+        accepted = [min(k, 1) if (3 * step + i) % 10 < 4 else 0 for i, k in enumerate(lengths)]
+        policy.observe(contexts, lengths, accepted, seconds, (2 + batch) * max(lengths))
+        drafted.append(sum(lengths))
+    assert sum(drafted[:40]) > 20 and sum(drafted[80:]) < 8
+
+
 def test_what_a_draft_must_read_first_counts() -> None:
     """Long prompts and short texts: drafting pays without the prompts, and not with them."""
     for prompt, clients, drafts in ((0, 8, True), (200, 8, False), (20, 1, True)):
@@ -377,6 +391,9 @@ def test_costs_are_medians_interpolated_and_forgotten() -> None:
     for _ in range(3):
         costs.observe_draft(1, 1, 50, 1e3)
     assert costs.reading() == 0.25  # a drafted token, at the most
+    costs.observe(3, 100.0)
+    assert costs.target(np.array([3])).tolist() == [4]  # no dearer than more rows
+    assert [costs.knows(rows) for rows in (1, 3, 5, 7)] == [True, False, False, False]
     for _ in range(1100):
         costs.observe(5, 4.0)
     assert costs.target(np.array([1])).tolist() == [4]  # as of long ago: to be tried again
