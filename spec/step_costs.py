@@ -63,9 +63,8 @@ class StepCosts:
         if not self._target:
             return np.ones(len(rows))
         places = sorted(self._target)
-        medians = np.array([median(self._target[place]) for place in places])
-        least = np.minimum.accumulate(medians[::-1])[::-1]  # more rows never take less: what seems so was a hiccup
-        known = np.interp(rows, places, least)
+        steps = _not_falling([median(self._target[place]) for place in places], [len(self._target[p]) for p in places])
+        known = np.interp(rows, places, steps)
         beyond = np.maximum(np.asarray(rows) - places[-1], 0)
         return known + beyond * (median(self._prompt) if self._prompt else 0.0)
 
@@ -91,6 +90,22 @@ class StepCosts:
         No more than a drafted one's: the first readings may have compiled something.
         """
         return min(median(self._reading), self.draft_token(1)) if self._reading else 0.0
+
+
+def _not_falling(values: list[float], weights: list[int]) -> list[float]:
+    """The nearest values that never fall, by weighted least squares: where more rows seem to take less, all their mean.
+
+    Pool adjacent violators (Ayer et al. 1955).
+    """
+    pools: list[tuple[float, int, int]] = []  # mean, weight, number of values
+    for value, weight in zip(values, weights, strict=True):
+        pool = (value, weight, 1)
+        while pools and pools[-1][0] > pool[0]:
+            mean, heavy, size = pools.pop()
+            total = heavy + pool[1]
+            pool = ((mean * heavy + pool[0] * pool[1]) / total, total, size + pool[2])
+        pools.append(pool)
+    return [mean for mean, _, size in pools for _ in range(size)]
 
 
 def rounded(rows: int) -> int:

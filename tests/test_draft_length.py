@@ -392,7 +392,7 @@ def test_costs_are_medians_interpolated_and_forgotten() -> None:
         costs.observe_draft(1, 1, 50, 1e3)
     assert costs.reading() == 0.25  # a drafted token, at the most
     costs.observe(3, 100.0)
-    assert costs.target(np.array([3])).tolist() == [4]  # no dearer than more rows
+    assert costs.target(np.array([1, 3, 5])).tolist() == [2, 52, 52]  # more rows never take less: the mean of the two
     assert [costs.knows(rows) for rows in (1, 3, 5, 7)] == [True, False, False, False]
     for _ in range(1100):
         costs.observe(5, 4.0)
