@@ -66,6 +66,16 @@ class ServerProcess:
             assert time.monotonic() < end, f"{name} is {self.figure(name)}, not {value}"
             time.sleep(0.02)
 
+    def at_rest(self, name: str, wait_s: float = 20) -> float:
+        """The value of a metric once it has stood still for half a second: what came before is through."""
+        end, value, since = time.monotonic() + wait_s, self.figure(name), time.monotonic()
+        while time.monotonic() < since + 0.5:
+            assert time.monotonic() < end, f"{name} keeps changing: {value}"
+            time.sleep(0.05)
+            if (now := self.figure(name)) != value:
+                value, since = now, time.monotonic()
+        return value
+
     def stop(self) -> int:
         """SIGTERM; the exit status."""
         self.process.terminate()

@@ -300,7 +300,7 @@ def test_facts_of_a_request_and_the_metrics_agree(client, server) -> None:
 
 def test_answers_are_audited_while_they_are_served(client, server) -> None:
     names = ("spec_audit_tokens_total", "spec_audit_samples_total", "spec_audit_skipped_total")
-    tokens, samples, skipped = (server.figure(name) for name in names)
+    tokens, samples, skipped = (server.at_rest(name) for name in names)  # of what earlier tests asked
     for i in range(8):
         client.completions.create(
             model="target", prompt=[PROMPT, f"Bill {i}"], max_tokens=70, extra_body={"ignore_eos": True},
