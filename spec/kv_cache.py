@@ -6,7 +6,7 @@ and values in place. Rolling back is free: the next step writes over what was re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -85,3 +85,15 @@ def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
         else:
             high = middle - 1
     return low
+
+
+def best_source(prompt: Sequence[int], others: Iterable[tuple[int, Sequence[int], int]]) -> tuple[int, int]:
+    """Whose keys and values to take over: (slot, tokens), tokens 0 where there is nothing.
+
+    Args:
+        prompt: whose last token is never taken over: it is fed for the logits it gives.
+        others: slot, prompt and number of cached tokens of each.
+    """
+    most = len(prompt) - 1
+    found = ((slot, min(common_prefix(other, prompt), most, cached)) for slot, other, cached in others)
+    return max(found, key=lambda pair: pair[1], default=(-1, 0))

@@ -14,7 +14,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from spec.drafters.base import Drafter
-from spec.kv_cache import common_prefix
+from spec.kv_cache import best_source, common_prefix
 from spec.models.base import LanguageModel
 from spec.sequence import Sample
 
@@ -114,13 +114,12 @@ class Scheduler:
 
     def _take_over(self, sample: Sample) -> None:
         """Copies what another one has read of the same prompt, as late as can be: of many that start at once, too."""
-
-        def known(other: Sample) -> int:
-            return min(other.cached, _in_common(other, sample))
-
-        reader = max((other for other in self._running if other is not sample), key=known, default=None)
-        if reader is not None and (tokens := known(reader)) > sample.cached:
-            self._target.fork(reader.slot, sample.slot, tokens)
+        others = (
+            (other.slot, other.context.prompt_ids, other.cached) for other in self._running if other is not sample
+        )
+        slot, tokens = best_source(sample.context.prompt_ids, others)
+        if tokens > sample.cached:
+            self._target.fork(slot, sample.slot, tokens)
             sample.cached = tokens
 
     def _start(self, sample: Sample) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spec.drafters.alignment import head_columns
 from spec.drafters.base import Context
-from spec.kv_cache import common_prefix
+from spec.kv_cache import best_source
 from spec.models.base import LanguageModel, Step
 from spec.random import Purpose, uniforms
 from spec.rows import Scores, allowed_rows, score
@@ -143,17 +143,15 @@ class ModelDrafter:
     def _take_over(self, sequence: _Sequence) -> None:
         """Copies what a prompt has in common with one that was read."""
         prompt = sequence.context.prompt_ids
-        if sequence.cached >= len(prompt) - 1:
+        if sequence.cached >= len(prompt) - 1 or sequence.slot is None:
             return
-
-        def known(other: _Sequence) -> int:
-            shared = min(common_prefix(other.context.prompt_ids, prompt), len(prompt) - 1)
-            return 0 if other is sequence or other.slot is None else min(shared, other.cached)
-
-        source = max(self._sequences.values(), key=known)
-        if (tokens := known(source)) > sequence.cached:
-            assert source.slot is not None and sequence.slot is not None
-            self.model.fork(source.slot, sequence.slot, tokens)
+        slot, tokens = best_source(
+            prompt,
+            ((other.slot, other.context.prompt_ids, other.cached)
+             for other in self._sequences.values() if other is not sequence and other.slot is not None),
+        )  # fmt: skip
+        if tokens > sequence.cached:
+            self.model.fork(slot, sequence.slot, tokens)
             sequence.cached = tokens
 
     def _read(self, sequence: _Sequence, stop: int) -> None:
