@@ -25,6 +25,7 @@ from spec.step_costs import StepCosts
 _WORTHWHILE = 1.05  # what a batch must gain to begin to draft: the medians behind it may be off by less
 _ALIKE = 5.0  # observations of its own that weigh as much, for a sequence, as what all the others showed
 _PROBING = 1 / 32  # of the time, at the most, is spent on what probes have to read
+_PATIENCE = 8  # plain steps in a row taken to learn what they cost
 _PAYBACK = 32  # rounds within which drafting must pay for what the draft has to read first
 
 
@@ -140,13 +141,14 @@ class Adaptive:
         self._steps = 0
         self._pays = False  # drafting did at the last look
         self._idle = 0  # steps since anybody drafted
+        self._waited = 0  # plain steps taken to be timed
 
     def lengths(self, contexts: Sequence[Context], limits: Sequence[int]) -> list[int]:
         states = [self._sequence(context) for context in contexts]
         allowed = [min(limit, self.max_length) for limit in limits]
         if self.costs is not None:
             best = best_lengths_alone(self._survival(states, self._prior), allowed, *self.costs).tolist()
-        elif self._plain_step_due() or not self._measured.knows(len(contexts)):
+        elif self._plain_step_due() or self._to_be_timed(len(contexts)):
             return [0] * len(contexts)
         else:
             survival = self._survival(states, self._everyone.rates(self._prior), _ALIKE)
@@ -175,14 +177,15 @@ class Adaptive:
         prompt_rows: int = 0,
     ) -> None:
         states = [self._sequence(context) for context in contexts]
-        timed = seconds_target is not None and seconds_draft is not None
+        twice = False
         if seconds_target is not None and seconds_draft is not None:
+            twice = self.costs is None
             self._measured.observe(sum(drafted) + len(drafted), seconds_target, prompt_rows)
             if any(drafted):
                 unread = sum(s.unread(c) for s, c, offered in zip(states, contexts, drafted, strict=True) if offered)
                 self._measured.observe_draft(sum(k > 0 for k in drafted), max(drafted), unread, seconds_draft)
         for state, context, offered, passed in zip(states, contexts, drafted, accepted, strict=True):
-            state.observe(context, offered, passed, timed and self.costs is None)
+            state.observe(context, offered, passed, twice)
             self._everyone.observe(offered, passed)
 
     def forget(self, context: Context) -> None:
@@ -210,6 +213,11 @@ class Adaptive:
             self._idle = 0
         return [state.next_length(0, limit if due and b == last else 0, 1)
                 for b, (state, limit) in enumerate(zip(states, allowed, strict=True))]  # fmt: skip
+
+    def _to_be_timed(self, sequences: int) -> bool:
+        """Plain steps of so many are still to be timed; not for ever, where steps are not timed or all read prompts."""
+        self._waited = 0 if self._measured.knows(sequences) else self._waited + 1
+        return 0 < self._waited <= _PATIENCE
 
     def _plain_step_due(self) -> bool:
         self._steps += 1

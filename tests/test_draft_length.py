@@ -267,6 +267,16 @@ def test_one_slow_step_of_a_new_number_of_sequences_does_not_start_drafting() ->
     assert sum(drafted[:40]) > 20 and sum(drafted[80:]) < 8
 
 
+def test_where_no_step_is_timed_it_drafts_all_the_same() -> None:
+    """As beside requests that have a length of their own."""
+    policy, contexts = Adaptive(4), [Context(0, Params(), ()), Context(1, Params(), ())]
+    drafted = []
+    for _ in range(40):
+        drafted.append(lengths := policy.lengths(contexts, [4, 4]))
+        policy.observe(contexts, lengths, lengths, None, None)
+    assert np.mean(drafted[20:]) > 3
+
+
 def test_what_a_draft_must_read_first_counts() -> None:
     """Long prompts and short texts: drafting pays without the prompts, and not with them."""
     for prompt, clients, drafts in ((0, 8, True), (200, 8, False), (20, 1, True)):
