@@ -45,6 +45,8 @@ def plain_log_probs(model, rollout: Rollout) -> torch.Tensor:
 def test_token_statistics_follow_their_definitions(teacher_model) -> None:
     student = build_student(StudentConfig(num_layers=2, precision="float32"), teacher_model)
     figures = token_statistics(student, scored(teacher_model, 16))
+    alone = token_statistics(student, scored(teacher_model, 16), agreement_only=True)
+    assert alone == {"agreement": figures["agreement"]}
     q = torch.cat([plain_log_probs(student.model, r) for r in rollouts()])
     p = torch.cat([plain_log_probs(teacher_model, r) for r in rollouts()])
     tokens = torch.from_numpy(np.concatenate([r.completion_ids for r in rollouts()]))[:, None]
