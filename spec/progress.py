@@ -1,11 +1,14 @@
-"""How far a batch of requests is, for those who watch."""
+"""How far long work is, for those who watch, or who read its log."""
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 
 from spec.request import Result
+
+_QUIET_S = 30.0  # between two lines of a log
 
 
 @contextlib.contextmanager
@@ -25,3 +28,27 @@ def bar(total: int, shown: bool) -> Iterator[Callable[[Result], None]]:
             lines.update(line, advance=1, tokens=lines.tasks[line].fields["tokens"] + tokens)
 
         yield advance
+
+
+@contextlib.contextmanager
+def status(first: str) -> Iterator[Callable[[str], None]]:
+    """A line on standard error that is replaced by what the given function is called with.
+
+    Where that is no terminal but a log, a line at most every half minute.
+    """
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(first) as line:
+            yield line.update
+        return
+    said = time.monotonic()
+
+    def log(text: str) -> None:
+        nonlocal said
+        if time.monotonic() - said >= _QUIET_S:
+            said = time.monotonic()
+            console.print(text, soft_wrap=True, highlight=False)
+
+    yield log

@@ -61,10 +61,9 @@ def _statistical(
 ) -> Verdict:
     from dataclasses import replace
 
-    from rich.console import Console
-
     from spec.audit.scoring import Scorer
     from spec.audit.statistical import Settings, Watch, audit, panel_for
+    from spec.progress import status
 
     chosen = Params(temperature=options.temperature or 1.0, top_k=options.top_k, top_p=options.top_p)
     alone = options.temperature is not None or chosen != Params()
@@ -81,10 +80,10 @@ def _statistical(
         settings = replace(settings, tolerance=tolerance)
     settings = replace(settings, logprob_gap=measured.tie(_dtype(options)))
     scorer = Scorer(target, _draft(options, target), options.seed)
-    with Console(stderr=True).status("the first answers ...") as status:  # of a terminal; nothing elsewhere
+    with status("the first answers ...") as say:
 
         def report(watch: Watch) -> None:
-            status.update(
+            say(
                 f"{watch.tokens:,} of at most {settings.tokens:,} tokens: evidence of a difference "
                 f"10^{watch.log10_e:.1f}, bound on it {watch.epsilon:.2%}"
             )
