@@ -10,10 +10,21 @@ from spec_models import TableModel, random_logits, tiny_llama
 from spec.audit.conditionals import LookupConditionals, ModelConditionals
 from spec.audit.engines.ours import offsets
 from spec.audit.evidence import _gains
-from spec.audit.laws import Rows, named_ratios, target_law
+from spec.audit.laws import Laws, Rows, named_ratios, target_law
 from spec.audit.sample import UNKNOWN, Sample
 from spec.audit.scoring import Scorer, _pit
-from spec.audit.sums import EXPONENTS, mass_ahead, power_sums
+from spec.audit.sums import (
+    EXPONENTS,
+    LENIENCE,
+    UNLIKELY,
+    mass_ahead,
+    mass_before,
+    mass_outside,
+    overlaps,
+    power_sums,
+    row_sums,
+    top_tokens,
+)  # fmt: skip
 from spec.params import Params
 from spec.sampling import processed_probs
 
@@ -102,20 +113,20 @@ def test_every_named_law_is_a_law(params: Params) -> None:
             rows.logits[x:][:1], rows.params[:1], rows.prompts[:1], rows.outputs[:1], rows.tokens[x:][:1],
             rows.previous[x:][:1], rows.twins[x:][:1], rows.recent[x:][:1] if rows.recent is not None else None,
         )  # fmt: skip
-        names |= {name for name, _ in named_ratios(one, p[:1], q[:1], p[0])}
-    for name, ratio in named_ratios(rows, p, q, p[0].clone()):
+        names |= {name for name, _ in named_ratios(one, Laws(p[:1], q[:1], p[0]))}
+    for name, ratio in named_ratios(rows, Laws(p, q, p[0].clone())):
         inside = (p[0] * ratio.log_ratio.exp())[p[0] > 0].sum()
         assert float(inside + ratio.outside[0]) == pytest.approx(1, abs=1e-9), name
         names.discard(name)
     assert not names
     if params is EVERYTHING:
-        found = {name for name, _ in named_ratios(rows, p, q, p[0])}
+        found = {name for name, _ in named_ratios(rows, Laws(p, q, p[0]))}
         assert {"top_k dropped", "top_p dropped", "min_p dropped", "logit_bias dropped", "penalties dropped"} <= found
 
 
 def test_named_laws_are_what_they_are_called() -> None:
     rows, p, q, last = every_token(EVERYTHING)
-    found = dict(named_ratios(rows, p, q, last))
+    found = dict(named_ratios(rows, Laws(p, q, last)))
     possible = p[0] > 0
     for name, law in {
         "draft leak": q[0],
@@ -149,8 +160,8 @@ def test_gains_are_fair_for_the_whole_null(eta: float) -> None:
 
 def test_the_pit_tiles_the_unit_interval_with_ties_sharing() -> None:
     p = torch.tensor([[0.2, 0.2, 0.5, 0.0, 0.1]], dtype=torch.float64).repeat(5, 1)
-    low = _pit(p, p, torch.arange(5), torch.zeros(5, dtype=torch.float64))
-    high = _pit(p, p, torch.arange(5), torch.full((5,), 0.999999, dtype=torch.float64))
+    ahead, level = mass_ahead(p, p, torch.arange(5))
+    low, high = (_pit(p.diagonal(), ahead, level, torch.full((5,), v, dtype=torch.float64)) for v in (0.0, 0.999999))
     np.testing.assert_allclose(low[[0, 1, 2, 4]], [0.5, 0.5, 0.0, 0.9], atol=1e-12)
     np.testing.assert_allclose(high[[0, 1, 2, 4]], [0.9, 0.9, 0.5, 1.0], atol=1e-5)
     assert bool(low[3].isnan())
@@ -197,19 +208,35 @@ def test_a_forward_pass_that_fails_leaves_no_slot_open(monkeypatch: pytest.Monke
         assert len(model.free) == 5
 
 
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_sums_of_rows_are_right_to_rounding(dtype: torch.dtype) -> None:
+def test_sums_of_rows_are_right_to_rounding(
+    dtype: torch.dtype, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows longer than a chunk, with zeros and infinite orders; the truth from torch in float64."""
-    p = (torch.randn(5, 5000, dtype=torch.float64) * 6).softmax(-1).to(dtype)
+    monkeypatch.setattr("spec.audit.sums._on_cpu", lambda p: compiled)
+    p, q = ((torch.randn(5, 5000, dtype=torch.float64) * heat).softmax(-1).to(dtype) for heat in (6, 3))
     p[2, 100:] = 0.0
     order, tokens = torch.where(p > 1e-4, p.round(decimals=3), torch.inf), torch.tensor([0, 1, 4999, 7, 8])
-    tight = {"rtol": 1e-6 if dtype == torch.float32 else 1e-13, "atol": 0.0}
-    powers = torch.stack([p.double().pow(e).sum(-1) for e in EXPONENTS], -1)
-    np.testing.assert_allclose(power_sums(p).double(), powers, **tight)
-    here = order.gather(-1, tokens[:, None])
-    due = [torch.where(chosen, p, 0.0).double().sum(-1) for chosen in (order > here, order == here)]
-    for found, expected in zip(mass_ahead(p, order, tokens), due, strict=True):
-        np.testing.assert_allclose(found.double(), expected, **tight)
+    ahead, level = order > (here := order.gather(-1, tokens[:, None])), order == here
+    a, b = p.double(), q.double()
+    s = -a.clamp_min(torch.finfo(dtype).tiny).log()
+    entropy = (a * s).sum(-1)
+    sums, both = row_sums(p), overlaps(p, q)
+    for found, due in (
+        (power_sums(p), torch.stack([a.pow(e).sum(-1) for e in EXPONENTS], -1)),
+        (torch.stack(mass_ahead(p, order, tokens)), torch.stack([(a * ahead).sum(-1), (a * level).sum(-1)])),
+        (mass_before(p, tokens), (a * (torch.arange(5000) < tokens[:, None])).sum(-1)),
+        (mass_outside(q, p), (b * (a == 0)).sum(-1)),
+        (sums.entropy, entropy), (sums.squares, (a * s * s).sum(-1)), (sums.typical, (-entropy).exp()),
+        (sums.surprising, (a * (s > entropy[:, None])).sum(-1)), (sums.unlikely, (a * (a < UNLIKELY)).sum(-1)),
+        (sums.support, (a > 0).sum(-1)),
+        (both.liked, (a * (b > a)).sum(-1)), (both.outside, (b * (a == 0)).sum(-1)),
+        (both.residual, (a - b).clamp(min=0).sum(-1)),
+        (torch.stack(both.accepted), torch.stack([torch.minimum(b, f * a).sum(-1) for f in LENIENCE])),
+    ):  # fmt: skip
+        np.testing.assert_allclose(found.double(), due.double(), rtol=2e-6 if dtype == torch.float32 else 1e-13)
+    assert top_tokens(p).tolist() == p.argmax(-1).tolist() and top_tokens(torch.ones(2, 9)).tolist() == [0, 0]
 
 
 def test_a_forward_pass_by_a_real_model_scores_as_without_cache(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,4 +181,5 @@ def regrouped(pieces: Iterator[Tensor], sizes: Iterator[int]) -> Iterator[Tensor
             have += len(piece)
         joined = held[0] if len(held) == 1 else torch.cat(held)
         yield joined[:size]
-        held, have = [joined[size:]], have - size
+        have -= size
+        held = [joined[size:]] if have else []

@@ -11,12 +11,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spec.audit.sums import EXPONENTS, power_sums
+from spec.audit.sums import (
+    EXPONENTS,
+    LENIENCE,
+    Overlaps,
+    RowSums,
+    mass_outside,
+    overlaps,
+    power_sums,
+    row_sums,
+    top_tokens,
+)  # fmt: skip
 from spec.params import Params, row_options
 from spec.sampling import adjusted_logits, processed_probs
 
@@ -43,6 +54,23 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Laws:
+    """The processed laws of n rows, and sums over them that are taken once."""
+
+    p: Tensor  # [n, V]
+    q: Tensor | None = None  # [n, V]
+    last: Tensor | None = None  # [V] p of the row before the first, None at the start
+
+    @cached_property
+    def sums(self) -> RowSums:
+        return row_sums(self.p)
+
+    @cached_property
+    def common(self) -> Overlaps | None:
+        return None if self.q is None else overlaps(self.p, self.q)
+
+
+@dataclass(frozen=True)
 class Ratio:
     """A law m beside the target's p at the tokens said."""
 
@@ -65,37 +93,33 @@ def target_law(rows: Rows, params: Sequence[Params] | None = None, lag: int = 0)
     return processed_probs(rows.logits.clone(), name="target", **options)
 
 
-def named_ratios(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None) -> Iterator[tuple[str, Ratio]]:
-    """Every law by name; which ones there are depends on the parameters in use and on whether a draft is known.
-
-    ``last``: [V] the law of the row before the first, None at the start.
-    """
-    chosen = at_tokens(p, rows.tokens)
+def named_ratios(rows: Rows, laws: Laws) -> Iterator[tuple[str, Ratio]]:
+    """Every law by name; which ones there are depends on the parameters in use and on whether a draft is known."""
+    p, q, common = laws.p, laws.q, laws.common
+    chosen, top = at_tokens(p, rows.tokens), top_tokens(p)
     yield from _temperatures(rows, p)
     yield from _dropped(rows, p)
-    yield "garbage temperature", ratio(_garbage(rows, p), p, rows.tokens)
+    yield "garbage temperature", _garbage(rows, p, chosen, top)
     # Divided by 0 or by NaN a row of logits is one of NaN, and the argmax of that is its first element.
     yield "garbage temperature, not a number", _one_hot(torch.zeros_like(rows.tokens), p, rows.tokens, chosen)
-    yield "previous row's law", ratio(_shifted(p, last, rows.previous), p, rows.tokens)
-    yield "greedy verification", _one_hot(p.argmax(-1), p, rows.tokens, chosen)
+    yield "previous row's law", ratio(_shifted(p, laws.last, rows.previous), p, rows.tokens)
+    yield "greedy verification", _one_hot(top, p, rows.tokens, chosen)
     yield "previous token again", _one_hot(rows.previous, p, rows.tokens, chosen)
     if rows.recent is not None:
         yield "a recent token again", _again(rows.recent, p, rows.tokens)
     yield "seed reuse", _one_hot(rows.twins, p, rows.tokens, chosen)
-    yield "uniform noise", _uniform(p, chosen)
-    if q is not None:
-        yield "draft leak", ratio(q, p, rows.tokens)
-        residual = (p - q).clamp(min=0)
-        yield "lenient acceptance", ratio(_accepted(p, q, residual, 2.0), p, rows.tokens)
-        yield "strict acceptance", ratio(_accepted(p, q, residual, 0.5), p, rows.tokens)
-        yield "draft's argmax leaks", _one_hot(q.argmax(-1), p, rows.tokens, chosen)
+    yield "uniform noise", _uniform(p.shape[-1], chosen, laws.sums.support)
+    if q is not None and common is not None:
+        drafted = at_tokens(q, rows.tokens)
+        yield "draft leak", Ratio(drafted.log() - _log_or_zero(chosen), common.outside)
+        for name, factor, taken in zip(("lenient", "strict"), LENIENCE, common.accepted, strict=True):
+            yield f"{name} acceptance", _accepted(chosen, drafted, factor, taken, common.residual)
+        yield "draft's argmax leaks", _one_hot(top_tokens(q), p, rows.tokens, chosen)
 
 
 def ratio(law: Tensor, p: Tensor, tokens: Tensor) -> Ratio:
     """Of any [n, V] law."""
-    return Ratio(
-        at_tokens(law, tokens).log() - _log_or_zero(at_tokens(p, tokens)), torch.where(p > 0, 0.0, law).sum(-1)
-    )
+    return Ratio(at_tokens(law, tokens).log() - _log_or_zero(at_tokens(p, tokens)), mass_outside(law, p))
 
 
 def _temperatures(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
@@ -131,18 +155,22 @@ def _dropped(rows: Rows, p: Tensor) -> Iterator[tuple[str, Ratio]]:
             yield name, _spread(ratio(law, p[users], some.tokens), users, len(p))
 
 
-def _garbage(rows: Rows, p: Tensor) -> Tensor:
-    """[n, V] a temperature that is either far too low or far too high, as uninitialised memory has it."""
+def _garbage(rows: Rows, p: Tensor, chosen: Tensor, top: Tensor) -> Ratio:
+    """A temperature that is either far too low or far too high, as uninitialised memory has it: half one-hot."""
     hot = target_law(rows, changed(rows.params, temperature=_HOT))
-    return (hot + torch.zeros_like(p).scatter(-1, p.argmax(-1, keepdim=True), 1.0)) / 2
+    law = (at_tokens(hot, rows.tokens) + (top == rows.tokens).to(p.dtype)) / 2
+    return Ratio(law.log() - _log_or_zero(chosen), mass_outside(hot, p) / 2)
 
 
-def _accepted(p: Tensor, q: Tensor, residual: Tensor, factor: float) -> Tensor:
-    """[n, V] one drafted token, accepted with min(1, factor p/q); a factor nearer 1 is nearly a share of it."""
-    taken = torch.minimum(q, factor * p)
-    mass = residual.sum(-1, keepdim=True)
-    left = (1 - taken.sum(-1, keepdim=True)).clamp(min=0)
-    return torch.where(mass > 0, taken + left * residual / mass.clamp(min=torch.finfo(p.dtype).tiny), p)
+def _accepted(chosen: Tensor, drafted: Tensor, factor: float, taken: Tensor, residual: Tensor) -> Ratio:
+    """One drafted token, accepted with min(1, factor p/q); a factor nearer 1 is nearly a share of it.
+
+    Args, [n] each: p and q of the token, the mass accepted, sum of max(p - q, 0). All of the law is on p's support.
+    """
+    left = (1 - taken).clamp(min=0)
+    share = (chosen - drafted).clamp(min=0) / residual.clamp(min=torch.finfo(chosen.dtype).tiny)
+    law = torch.where(residual > 0, torch.minimum(drafted, factor * chosen) + left * share, chosen)
+    return Ratio(law.log() - _log_or_zero(chosen), torch.zeros_like(chosen))
 
 
 def _only(rows: Rows, chosen: list[int]) -> Rows:
@@ -188,9 +216,8 @@ def _again(recent: Tensor, p: Tensor, tokens: Tensor) -> Ratio:
     return Ratio(torch.where(mass > 0, at, 0.0), torch.zeros_like(mass))
 
 
-def _uniform(p: Tensor, chosen: Tensor) -> Ratio:
-    vocabulary = p.shape[-1]
-    return Ratio(-_log_or_zero(chosen) - math.log(vocabulary), 1 - (p > 0).to(p.dtype).mean(-1))
+def _uniform(vocabulary: int, chosen: Tensor, support: Tensor) -> Ratio:
+    return Ratio(-_log_or_zero(chosen) - math.log(vocabulary), 1 - support / vocabulary)
 
 
 def _log_or_zero(chosen: Tensor) -> Tensor:

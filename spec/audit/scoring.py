@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from spec.audit.conditionals import Conditionals, regrouped
-from spec.audit.laws import RECENT, Rows, at_tokens, draft_law, named_ratios, target_law
+from spec.audit.laws import RECENT, Laws, Rows, at_tokens, draft_law, named_ratios, target_law
 from spec.audit.sample import UNKNOWN, Sample
-from spec.audit.sums import mass_ahead
+from spec.audit.sums import UNLIKELY, mass_ahead, mass_before
 from spec.params import Params
 
 _MOST_ROWS = 8192
@@ -94,7 +94,7 @@ class Scorer:
             raw = (
                 _raw_log_p(rows) if any(s.logprobs is not None for _, s in kept) else torch.full_like(noise, torch.nan)
             )
-            columns.add(_score_rows(rows, p, q, last, noise, raw))
+            columns.add(_score_rows(rows, Laws(p, q, last), noise, raw))
             last = p[-1].clone()
         return _scored(kept, columns)
 
@@ -186,37 +186,34 @@ def _raw_log_p(rows: Rows) -> Tensor:
     return at_tokens(logits, rows.tokens) - logits.logsumexp(-1)
 
 
-def _score_rows(rows: Rows, p: Tensor, q: Tensor | None, last: Tensor | None, noise: Tensor, raw: Tensor) -> _Piece:
-    surprise = -p.clamp_min(torch.finfo(p.dtype).tiny).log()  # some logarithms are slow at 0, where p keeps it out
-    entropy = (p * surprise).sum(-1)
-    sets = {
-        "more surprising than expected": (surprise > entropy[:, None]) & (p > 0),
-        "unlikely tokens (p < 1 %)": p < 0.01,
+def _score_rows(rows: Rows, laws: Laws, noise: Tensor, raw: Tensor) -> _Piece:
+    p, sums = laws.p, laws.sums
+    chosen = at_tokens(p, rows.tokens)
+    sets = {  # whether it holds the token, and its mass
+        "more surprising than expected": ((chosen < sums.typical) & (chosen > 0), sums.surprising),
+        "unlikely tokens (p < 1 %)": (chosen < UNLIKELY, sums.unlikely),
     }
-    by_id = -torch.arange(p.shape[-1], dtype=p.dtype, device=p.device)
     draft_pit = torch.full_like(noise, torch.nan)
-    if q is not None:
-        sets["tokens the draft likes (q > p)"] = q > p
-        order = torch.where(p > 0, q / p.clamp_min(torch.finfo(p.dtype).tiny), torch.inf)
-        draft_pit = _pit(p, order, rows.tokens, noise)
+    if laws.q is not None and laws.common is not None:
+        sets["tokens the draft likes (q > p)"] = (at_tokens(laws.q, rows.tokens) > chosen, laws.common.liked)
+        order = laws.q / p.clamp_min(torch.finfo(p.dtype).tiny)  # where p = 0 it is of no matter: there is no mass
+        draft_pit = _pit(chosen, *mass_ahead(p, order, rows.tokens), noise)
     return _Piece(
-        log_p=_f64(at_tokens(p, rows.tokens).log()),
+        log_p=_f64(chosen.log()),
         raw_log_p=_f64(raw),
-        entropy=_f64(entropy),
-        spread=_f64((p * surprise.square()).sum(-1) - entropy.square()),
-        pit=_f64(_pit(p, p, rows.tokens, noise)),
+        entropy=_f64(sums.entropy),
+        spread=_f64(sums.squares - sums.entropy.square()),
+        pit=_f64(_pit(chosen, *mass_ahead(p, p, rows.tokens), noise)),
         draft_pit=_f64(draft_pit),
-        id_pit=_f64(_pit(p, by_id.expand_as(p), rows.tokens, noise)),
-        ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, p, q, last)},
-        directions={name: (_f64(at_tokens(a, rows.tokens)), _f64((p * a).sum(-1))) for name, a in sets.items()},
+        id_pit=_f64(_pit(chosen, mass_before(p, rows.tokens), chosen, noise)),
+        ratios={name: (_f64(r.log_ratio), _f64(r.outside)) for name, r in named_ratios(rows, laws)},
+        directions={name: (_f64(held), _f64(mass)) for name, (held, mass) in sets.items()},
     )
 
 
-def _pit(p: Tensor, order: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
-    """[n] mass of tokens ahead of x in ``order`` (descending) + v * mass of those level with it; NaN if p(x) = 0."""
-    ahead, level = mass_ahead(p, order, tokens)
-    possible = at_tokens(p, tokens) > 0
-    return torch.where(possible, (ahead + noise * level).clamp(max=1 - 2.0**-24), torch.nan)
+def _pit(chosen: Tensor, ahead: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    """[n] mass of tokens ahead of x in some order + v * mass of those level with it; NaN if p(x) = 0."""
+    return torch.where(chosen > 0, (ahead + noise * level).clamp(max=1 - 2.0**-24), torch.nan)
 
 
 class _Columns:

@@ -19,11 +19,11 @@ _jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath
 
 @_jit_parallel
 def power_sums(p, out):  # type: ignore[no-untyped-def]
-    """Fills ``out`` [n, F] float64 from p [n, V]."""
+    """Fills ``out`` [F, n] float64 from p [n, V]."""
     for row in numba.prange(len(p)):
-        out[row] = 0.0
+        out[:, row] = 0.0
         for start in range(0, p.shape[1], _CHUNK):
-            _add_powers(p[row, start : start + _CHUNK], out[row])
+            _add_powers(p[row, start : start + _CHUNK], out[:, row])
 
 
 @_jit_parallel
@@ -31,12 +31,132 @@ def mass_ahead(p, order, tokens, out):  # type: ignore[no-untyped-def]
     """Fills ``out`` [2, n] float64."""
     for row in numba.prange(len(p)):
         here = order[row, tokens[row]]
-        out[0, row] = out[1, row] = 0.0
+        out[:, row] = 0.0
         for start in range(0, p.shape[1], _CHUNK):
             part = slice(start, start + _CHUNK)
             ahead, level = _compared(p[row, part], order[row, part], here)
             out[0, row] += ahead
             out[1, row] += level
+
+
+@_jit_parallel
+def mass_before(p, tokens, out):  # type: ignore[no-untyped-def]
+    """Fills ``out`` [1, n] float64."""
+    for row in numba.prange(len(p)):
+        out[0, row] = 0.0
+        for start in range(0, tokens[row], _CHUNK):
+            out[0, row] += _total(p[row, start : min(start + _CHUNK, tokens[row])])
+
+
+@_jit_parallel
+def mass_outside(law, p, out):  # type: ignore[no-untyped-def]
+    """Fills ``out`` [1, n] float64."""
+    for row in numba.prange(len(p)):
+        out[0, row] = 0.0
+        for start in range(0, p.shape[1], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            out[0, row] += _outside(law[row, part], p[row, part])
+
+
+@_jit_parallel
+def top_tokens(p, out):  # type: ignore[no-untyped-def]
+    """Fills ``out`` [n] int64."""
+    for row in numba.prange(len(p)):
+        top, at = _top(p[row]), 0
+        while p[row, at] < top:
+            at += 1
+        out[row] = at
+
+
+@_jit_parallel
+def row_sums(p, surprise, unlikely, out):  # type: ignore[no-untyped-def]
+    """Fills ``out`` [6, n] float64 in the order of :class:`spec.audit.sums.RowSums`; the second pass finds p cached."""
+    for row in numba.prange(len(p)):
+        out[:, row] = 0.0
+        for start in range(0, p.shape[1], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            entropy, squares = _moments(p[row, part], surprise[row, part])
+            out[0, row] += entropy
+            out[1, row] += squares
+        out[2, row] = typical = p.dtype.type(np.exp(-out[0, row]))
+        for start in range(0, p.shape[1], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            surprising, rare, count = _shares(p[row, part], typical, unlikely)
+            out[3, row] += surprising
+            out[4, row] += rare
+            out[5, row] += count
+
+
+@_jit_parallel
+def overlaps(p, q, lenient, strict, out):  # type: ignore[no-untyped-def]
+    """Fills ``out`` [5, n] float64 in the order of :class:`spec.audit.sums.Overlaps`."""
+    for row in numba.prange(len(p)):
+        out[:, row] = 0.0
+        for start in range(0, p.shape[1], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            liked, outside, residual, most, least = _overlaps(p[row, part], q[row, part], lenient, strict)
+            out[0, row] += liked
+            out[1, row] += outside
+            out[2, row] += residual
+            out[3, row] += most
+            out[4, row] += least
+
+
+@_jit
+def _total(p):  # type: ignore[no-untyped-def]
+    total = p[0] - p[0]  # zero of p's own precision
+    for x in range(len(p)):
+        total += p[x]
+    return total
+
+
+@_jit
+def _top(p):  # type: ignore[no-untyped-def]
+    top = p[0]
+    for x in range(len(p)):
+        top = max(top, p[x])
+    return top
+
+
+@_jit
+def _outside(law, p):  # type: ignore[no-untyped-def]
+    total = p[0] - p[0]
+    for x in range(len(p)):
+        total += 0 if p[x] > 0 else law[x]
+    return total
+
+
+@_jit
+def _moments(p, surprise):  # type: ignore[no-untyped-def]
+    entropy = squares = p[0] - p[0]
+    for x in range(len(p)):
+        once = p[x] * surprise[x]
+        entropy += once
+        squares += once * surprise[x]
+    return entropy, squares
+
+
+@_jit
+def _shares(p, typical, unlikely):  # type: ignore[no-untyped-def]
+    surprising = rare = count = p[0] - p[0]
+    for x in range(len(p)):
+        surprising += p[x] if p[x] < typical else 0
+        rare += p[x] if p[x] < unlikely else 0
+        count += 1 if p[x] > 0 else 0
+    return surprising, rare, count
+
+
+@_jit
+def _overlaps(p, q, lenient, strict):  # type: ignore[no-untyped-def]
+    zero = p[0] - p[0]
+    liked = outside = residual = most = least = zero
+    for x in range(len(p)):
+        liked += p[x] if q[x] > p[x] else 0
+        outside += 0 if p[x] > 0 else q[x]
+        residual += max(p[x] - q[x], zero)
+        most += min(q[x], lenient * p[x])
+        least += min(q[x], strict * p[x])
+    return liked, outside, residual, most, least
 
 
 @_jit
