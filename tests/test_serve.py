@@ -157,6 +157,22 @@ def test_streams_add_up_to_the_whole_answer(chat: bool, client) -> None:
     assert logprobs == [choice["tokens"] for choice in last.metrics["choices"]]
 
 
+def test_a_stream_has_one_chunk_a_step(client) -> None:
+    """However many tokens the step gave: of drafts there are several."""
+    body: dict[str, Any] = {"model": "target", "prompt": PROMPT, "max_tokens": 30, "seed": 5, "temperature": 0.3}
+    extra = {"return_token_ids": True, "ignore_eos": True}
+    facts = client.completions.create(**body, extra_body={**extra, "metrics": True}).metrics["choices"][0]
+    chunks = [c.choices[0].token_ids for c in client.completions.create(stream=True, **body, extra_body=extra)]
+    assert len(chunks) == facts["target_steps"] < sum(map(len, chunks)) == facts["tokens"] == 30
+
+
+def test_offsets_of_a_stream_are_those_of_the_whole(client) -> None:
+    body: dict[str, Any] = {"model": "target", "prompt": PROMPT, "max_tokens": 8, "seed": 2, "logprobs": 0}
+    whole = client.completions.create(**body).choices[0]
+    parts = [chunk.choices[0] for chunk in client.completions.create(stream=True, **body)]
+    assert [at for part in parts for at in part.logprobs.text_offset] == whole.logprobs.text_offset
+
+
 def test_seeds(client) -> None:
     """The same seed, the same text, though drafts come and go; no seed, a new text every time."""
 

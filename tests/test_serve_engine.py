@@ -122,9 +122,10 @@ def test_tokens_come_in_order_and_results_last() -> None:
     async def program(worker: Worker) -> None:
         job = worker.submit([Request([1], Params(seed=s), 9, n=2) for s in (1, 2)], stream=True)
         tokens: dict[tuple[int, int], list[int]] = {}
-        async for index, item in job.items():
-            if isinstance(item, Event):
-                tokens.setdefault((index, item.sample), []).append(item.token_id)
+        async for batch in job.batches():
+            for index, item in batch:
+                if isinstance(item, Event):
+                    tokens.setdefault((index, item.sample), []).append(item.token_id)
         for index, result in enumerate(job.results):
             assert [tokens[index, i] for i in range(2)] == [c.token_ids for c in result.completions]
         assert job.ended and len(tokens) == 4
@@ -233,7 +234,7 @@ def test_a_client_that_reads_nothing_holds_no_slots_past_the_limit(monkeypatch) 
     notes: dict[str, object] = {}
 
     async def chunks(job: Job) -> AsyncIterator[dict[str, object]]:
-        async for _ in job.items():
+        async for _ in job.batches():
             yield {}
 
     async def program(worker: Worker) -> None:
@@ -283,7 +284,7 @@ def test_requests_run_on_while_a_draft_is_checked() -> None:
 
     async def program(worker: Worker) -> None:
         job = worker.submit([Request([1], max_tokens=2000)], stream=True)
-        await anext(job.items())
+        await anext(job.batches())
         spoken = lambda engine: len(next(iter(engine._tasks.values())).samples[0].context.output_ids)  # noqa: E731
         before = await asyncio.wrap_future(worker.call(spoken))
         after: list[int] = []

@@ -32,8 +32,8 @@ class Answer(Protocol):
     async def choice(self, index: int, prompt: int, completion: Completion) -> Json:
         """One finished choice."""
 
-    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
-        """One token's part of a stream, None where it adds nothing that shows."""
+    async def delta(self, index: int, prompt: int, events: Sequence[Event]) -> Json | None:
+        """What some tokens, one at least, add to a stream; None where that is nothing that shows."""
 
 
 @dataclass
@@ -63,37 +63,37 @@ class CompletionAnswer:
 
     def __init__(self, texts: Texts, echoes: Sequence[str], shown: Shown):
         self._texts, self._echoes, self._shown = texts, echoes, shown
-        self._offsets: dict[int, int] = {}  # characters of a streamed choice so far
+        self._offsets: dict[int, int] = {}  # where the text of a streamed choice's next token begins
 
     async def choice(self, index: int, prompt: int, completion: Completion) -> Json:
         echo = self._echoes[prompt]
-        logprobs = await self._logprobs(completion.logprobs, len(echo))
+        logprobs, _ = await self._logprobs(completion.logprobs, len(echo))
         choice = self._choice(index, echo + completion.text, completion.finish_reason, logprobs)
         return choice | _ids(self._shown, completion.token_ids)
 
-    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
-        first = index not in self._offsets
-        offset = self._offsets.setdefault(index, 0)
-        text = self._echoes[prompt] + event.text if first else event.text
-        if not (text or _shows(event, self._shown)):
+    async def delta(self, index: int, prompt: int, events: Sequence[Event]) -> Json | None:
+        echo = "" if index in self._offsets else self._echoes[prompt]
+        offset = self._offsets.setdefault(index, len(echo))
+        text = echo + _text(events)
+        if not (text or _shows(events, self._shown)):
             return None
-        self._offsets[index] += len(text)
-        logprobs = await self._logprobs([event.logprob], offset) if event.logprob else None
-        return self._choice(index, text, event.finish_reason, logprobs) | _ids(self._shown, _of(event))
+        logprobs, self._offsets[index] = await self._logprobs(_values(events), offset)
+        return self._choice(index, text, events[-1].finish_reason, logprobs) | _ids(self._shown, _of(events))
 
     @staticmethod
     def _choice(index: int, text: str, reason: str | None, logprobs: Json | None) -> Json:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
-    async def _logprobs(self, values: Sequence[TokenLogprob] | None, offset: int) -> Json | None:
+    async def _logprobs(self, values: Sequence[TokenLogprob] | None, offset: int) -> tuple[Json | None, int]:
+        """And where the next token's text begins. By tokens: some texts show later, with those of the next ones."""
         if values is None:
-            return None
+            return None, offset
         texts, offsets = await _names(self._texts, values), []
         for value in values:
             offsets.append(offset)
             offset += len(texts[value.token_id])
         name = _naming(self._shown, texts)
-        return {
+        found = {
             "tokens": [name(value.token_id) for value in values],
             "token_logprobs": [max(value.logprob, _LEAST) for value in values],
             "top_logprobs": [
@@ -102,6 +102,7 @@ class CompletionAnswer:
             ],
             "text_offset": offsets,
         }
+        return found, offset
 
 
 class ChatAnswer:
@@ -122,16 +123,17 @@ class ChatAnswer:
             **_ids(self._shown, completion.token_ids),
         }
 
-    async def delta(self, index: int, prompt: int, event: Event) -> Json | None:
+    async def delta(self, index: int, prompt: int, events: Sequence[Event]) -> Json | None:
         delta: Json = {} if index in self._begun else {"role": "assistant", "content": ""}
-        if not (delta or event.text or _shows(event, self._shown)):
+        text = _text(events)
+        if not (delta or text or _shows(events, self._shown)):
             return None
         self._begun.add(index)
-        if event.text:
-            delta["content"] = event.text
-        logprobs = await self._logprobs([event.logprob] if event.logprob else None)
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": event.finish_reason}
-        return choice | _ids(self._shown, _of(event))
+        if text:
+            delta["content"] = text
+        logprobs = await self._logprobs(_values(events))
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": events[-1].finish_reason}
+        return choice | _ids(self._shown, _of(events))
 
     async def _logprobs(self, values: Sequence[TokenLogprob] | None) -> Json | None:
         if values is None:
@@ -149,14 +151,23 @@ class ChatAnswer:
         return {"content": content, "refusal": None}
 
 
-def _shows(event: Event, shown: Shown) -> bool:
-    """Whether a token is to be told of though it adds no text."""
-    told = shown.token_ids and event.token_id is not None
-    return told or event.finish_reason is not None or event.logprob is not None
+def _shows(events: Sequence[Event], shown: Shown) -> bool:
+    """Whether tokens are to be told of though they add no text."""
+    told = shown.token_ids and any(event.token_id is not None for event in events)
+    return told or events[-1].finish_reason is not None or any(event.logprob for event in events)
 
 
-def _of(event: Event) -> list[int]:
-    return [] if event.token_id is None else [event.token_id]
+def _text(events: Sequence[Event]) -> str:
+    return "".join(event.text for event in events)
+
+
+def _values(events: Sequence[Event]) -> list[TokenLogprob] | None:
+    """None where no log-probs were asked for."""
+    return [event.logprob for event in events if event.logprob is not None] or None
+
+
+def _of(events: Sequence[Event]) -> list[int]:
+    return [event.token_id for event in events if event.token_id is not None]
 
 
 def _ids(shown: Shown, token_ids: Sequence[int]) -> Json:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from spec.request import Event, Request, Result
 from spec.serve.answers import Answer, Head, Json, facts, usage
 from spec.serve.errors import ApiError
-from spec.serve.worker import Busy, EngineFailed, Job, Worker
+from spec.serve.worker import Busy, EngineFailed, Item, Job, Worker
 
 if TYPE_CHECKING:
     from starlette.requests import Request as HttpRequest
@@ -122,28 +122,38 @@ async def _written(last: Coroutine[Any, Any, None]) -> None:
 
 
 async def _chunks(job: Job, answer: Answer, head: Head, body: Sampling) -> AsyncIterator[Json]:
+    """One a step and sample, however many tokens it gave; one a token where ``metrics`` tells of each."""
     counted = body.stream_options is not None and bool(body.stream_options.include_usage)
     blank: Json = {"usage": None} if counted else {}
     live: dict[int, Counter[str]] = defaultdict(Counter)
-    async for prompt, item in job.items():
-        if not isinstance(item, Event):
-            _check([item])
-            continue
-        if item.finish_reason in ("error", "cancelled"):
-            continue  # its Result says more
-        index = prompt * job.requests[0].n + item.sample
-        live[index].update(tokens=1, accepted=item.from_draft, drafted=item.drafted or 0)
-        live[index].update(target_steps=item.drafted is not None)
-        choice = await answer.delta(index, prompt, item)
-        if choice is not None:
-            origin: Json = {"from_draft": item.from_draft, "so_far": dict(live[index])} if body.metrics else {}
-            yield {**head.around(answer.chunk_object, [{**choice, **origin}]), **blank}
+    async for batch in job.batches():
+        for prompt, sample, events in _spoken(batch):
+            index = prompt * job.requests[0].n + sample
+            for part in [[event] for event in events] if body.metrics else [events]:
+                choice = await answer.delta(index, prompt, part)
+                if body.metrics:
+                    (event,) = part
+                    live[index].update(tokens=1, accepted=event.from_draft, drafted=event.drafted or 0)
+                    live[index].update(target_steps=event.drafted is not None)
+                if choice is not None:
+                    origin: Json = {"from_draft": part[0].from_draft, "so_far": dict(live[index])}
+                    yield {**head.around(answer.chunk_object, [choice | (origin if body.metrics else {})]), **blank}
+        _check([item for _, item in batch if isinstance(item, Result)])
     results = [result for result in job.results if result is not None]
     last: Json = {"usage": usage(results)} if counted else {}
     if body.metrics:
         last["metrics"] = facts(results)
     if last:
         yield {**head.around(answer.chunk_object, []), **last}
+
+
+def _spoken(batch: Sequence[Item]) -> list[tuple[int, int, list[Event]]]:
+    """(prompt, sample, its tokens of the step); of what ends by an error or cancellation the Result says more."""
+    found: dict[tuple[int, int], list[Event]] = {}
+    for prompt, item in batch:
+        if isinstance(item, Event) and item.finish_reason not in ("error", "cancelled"):
+            found.setdefault((prompt, item.sample), []).append(item)
+    return [(*whose, events) for whose, events in found.items()]
 
 
 async def _in_time(work: Coroutine[Any, Any, T], limit_s: float) -> T:

@@ -55,8 +55,8 @@ class Job:
     def ended(self) -> bool:
         return all(result is not None for result in self.results)
 
-    async def items(self) -> AsyncIterator[Item]:
-        """Tokens as they come (of streaming jobs) and one :class:`Result` a request, until all are there.
+    async def batches(self) -> AsyncIterator[Sequence[Item]]:
+        """What each step gave: tokens (of streaming jobs), and one :class:`Result` a request, until all are there.
 
         Raises EngineFailed, or ValueError for a request that the engine refused.
         """
@@ -67,11 +67,11 @@ class Job:
             for index, item in batch:
                 if isinstance(item, Result):
                     self.results[index] = item
-                yield index, item
+            yield batch
 
     async def wait(self) -> list[Result]:
-        """All results, in order. Raises as :meth:`items`."""
-        async for _ in self.items():
+        """All results, in order. Raises as :meth:`batches`."""
+        async for _ in self.batches():
             pass
         return [result for result in self.results if result is not None]
 
