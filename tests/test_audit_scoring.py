@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -248,6 +251,41 @@ def test_a_forward_pass_by_a_real_model_scores_as_without_cache(monkeypatch: pyt
         logits = model.model(torch.tensor([[*sample.prompt_ids, *sample.token_ids]])).logits[0, 4:-1]
     due = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(sample.token_ids)[:, None])[:, 0]
     np.testing.assert_allclose(scored.log_p, due.numpy(), atol=1e-4)
+
+
+_MEMORY = """
+import resource, numpy as np, torch
+from spec.allocator import keep_freed_memory
+from spec.audit.sample import Sample
+from spec.audit.scoring import Scorer
+from spec.params import Params
+
+class Noise:
+    vocab_size = 16384
+
+    def rows(self, samples, most):
+        left = sum(len(sample.token_ids) for sample in samples)
+        while left:
+            yield torch.randn(min(most, left), self.vocab_size)
+            left -= min(most, left)
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+keep_freed_memory()
+scorer = Scorer(Noise(), Noise(), elements=1_000_000)
+samples = [Sample((1,), tuple(range(32)), Params(seed=i)) for i in range(128)]
+scorer.score(samples[:4])
+before = peak()
+scorer.score(samples)
+print(peak() - before)
+"""
+
+
+def test_scores_of_many_tokens_take_the_memory_of_few() -> None:
+    """They once kept every piece's blocks: gigabytes. In a process of its own, for its highest memory."""
+    done = subprocess.run([sys.executable, "-c", _MEMORY], capture_output=True, text=True, check=True, timeout=300)
+    assert float(done.stdout) < 100
 
 
 def test_another_tokenizer_is_a_users_mistake() -> None:

@@ -23,7 +23,7 @@ from spec.request import Request
 from spec.verify import Mode
 from tests.enumerate_engine import Branches, Text, text_law
 from tests.spec_models import Logits, TableModel, random_logits
-from tests.test_engine import SHAPED, processed
+from tests.test_engine_law import SHAPED, processed
 
 LETTERS, END, VOCABULARY = "abc", 3, 5  # token 4 is padding: logits, but no text
 PATTERN = "(a|bc?a|cc)*"

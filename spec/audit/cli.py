@@ -49,7 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--top-p", type=float, default=1.0, help="1 switches it off")
     add("--verification", choices=("block", "token"), default="block", help="torch: how drafts are verified")
     add("--drafting", choices=("probabilistic", "greedy"), default="probabilistic", help="how a draft model drafts")
-    add("--draft-length", default="3", metavar="K|auto", help="tokens to draft a step; auto for torch only")
+    add("--draft-length", default="2", metavar="K|auto", help="tokens to draft a step; auto for torch only")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of engine and target")
     add("--device", help="cpu or cuda; default: a GPU where there is one")
     add("--seed", type=int, default=0, help="of requests and of the audit's own noise")
