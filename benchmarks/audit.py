@@ -57,10 +57,10 @@ def main() -> None:
     print(HEADER, "  no draft;", ", ".join((*PEERS, "exact")))
     # spawned, for torch's threads do not survive a fork
     with ProcessPoolExecutor(options.processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        right = [pool.submit(try_correct, seed, options) for seed in range(options.correct)]
         pending = {name: [pool.submit(trial, name, seed, options) for seed in range(options.seeds)] for name in MUTANTS}
         far = {name: pool.submit(measured, name) for name in MUTANTS}
         exact = pool.submit(exact_gaps)
+        right = [pool.submit(try_correct, seed, options) for seed in range(options.correct)]
         for name, jobs in pending.items():
             table[name] = {
                 **row([job.result() for job in jobs]),
