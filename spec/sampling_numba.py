@@ -38,7 +38,7 @@ def drop_below(logits, floor, out):  # type: ignore[no-untyped-def]
 
 @_jit
 def _row_floor(logits, weights, k, p, m):  # type: ignore[no-untyped-def]
-    top = _top(logits)
+    top = largest(logits)
     floor = _lowest_kept(logits, weights, m, top) if m > 0 else -np.inf  # min-p
     if k < len(logits):
         floor = max(floor, _search(logits, weights, top, k, True))
@@ -111,7 +111,8 @@ def _above(logits, weights, middle):  # type: ignore[no-untyped-def]
 
 
 @_pass
-def _top(logits):  # type: ignore[no-untyped-def]
+def largest(logits):  # type: ignore[no-untyped-def]
+    """Of a row; numpy's own does not vectorise."""
     top = logits[0]
     for x in range(len(logits)):
         top = max(top, logits[x])

@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from spec import threads
+from spec.sampling_numba import largest
 
 threads.launch()
 
@@ -62,7 +63,7 @@ def mass_outside(law, p, out):  # type: ignore[no-untyped-def]
 def top_tokens(p, out):  # type: ignore[no-untyped-def]
     """Fills ``out`` [n] int64."""
     for row in numba.prange(len(p)):
-        top, at = _top(p[row]), 0
+        top, at = largest(p[row]), 0
         while p[row, at] < top:
             at += 1
         out[row] = at
@@ -108,14 +109,6 @@ def _total(p):  # type: ignore[no-untyped-def]
     for x in range(len(p)):
         total += p[x]
     return total
-
-
-@_jit
-def _top(p):  # type: ignore[no-untyped-def]
-    top = p[0]
-    for x in range(len(p)):
-        top = max(top, p[x])
-    return top
 
 
 @_jit
