@@ -27,7 +27,7 @@ from spec.audit.sums import (
     power_sums,
     row_sums,
     top_tokens,
-)  # fmt: skip
+)
 from spec.params import Params, row_options
 from spec.sampling import adjusted_logits, processed_probs
 

@@ -131,13 +131,14 @@ async def _chunks(job: Job, answer: Answer, head: Head, body: Sampling) -> Async
             index = prompt * job.requests[0].n + sample
             for part in [[event] for event in events] if body.metrics else [events]:
                 choice = await answer.delta(index, prompt, part)
+                origin: Json = {}
                 if body.metrics:
                     (event,) = part
                     live[index].update(tokens=1, accepted=event.from_draft, drafted=event.drafted or 0)
                     live[index].update(target_steps=event.drafted is not None)
+                    origin = {"from_draft": event.from_draft, "so_far": dict(live[index])}
                 if choice is not None:
-                    origin: Json = {"from_draft": part[0].from_draft, "so_far": dict(live[index])}
-                    yield {**head.around(answer.chunk_object, [choice | (origin if body.metrics else {})]), **blank}
+                    yield {**head.around(answer.chunk_object, [choice | origin]), **blank}
         _check([item for _, item in batch if isinstance(item, Result)])
     results = [result for result in job.results if result is not None]
     last: Json = {"usage": usage(results)} if counted else {}
