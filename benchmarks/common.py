@@ -57,6 +57,13 @@ def peak_rss_mib() -> float:
     return int(field.split()[0]) / 1024
 
 
+def device_peak_mib() -> float:
+    """The most that torch has allocated on the GPU in this process, MiB; 0 without one."""
+    import torch
+
+    return torch.cuda.max_memory_allocated() / _MIB if torch.cuda.is_available() else 0.0
+
+
 class PeakSampler:
     """Highest resident memory of this process between two moments, MiB: for the peak of one phase.
 

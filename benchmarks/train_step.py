@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import trl_peer
-from benchmarks.common import finish, in_subprocess, peak_rss_mib, tuned_cpu_env
+from benchmarks.common import device_peak_mib, finish, in_subprocess, peak_rss_mib, tuned_cpu_env
 
 
 def arguments() -> argparse.Namespace:
@@ -96,6 +96,7 @@ def measure_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
         "parity": [r["sync/logprob_abs_diff"] for r in records],
         "losses": [r["loss"] for r in records],
         "peak_rss_mib": peak_rss_mib(),
+        "peak_device_mib": device_peak_mib(),
     }
 
 
@@ -148,8 +149,10 @@ def report(args: argparse.Namespace, tokens: int, runs: dict[str, list[dict[str,
         step = median(run["step_s"] for run in measured)
         phases = {k: median(run["phases_s"][k] for run in measured) for k in measured[0]["phases_s"]}
         ratio = median(peer["step_s"] / ours["step_s"] for ours, peer in zip(runs["ours"], measured, strict=True))
-        peak = median(run["peak_rss_mib"] for run in measured)
+        peak, gpu_peak = (median(run[f"peak_{of}_mib"] for run in measured) for of in ("rss", "device"))
         result |= {f"{side}_tok_s": tokens / step, f"{side}_peak_mib": peak, f"{side}_phases_s": phases}
+        if gpu_peak:
+            result[f"{side}_device_peak_mib"] = peak = gpu_peak
         if side != "ours":
             result["ratio" if side == "trl" else "ratio_tuned"] = ratio
         row = f"{side:10}{tokens / step:8.0f}{step:8.2f}{peak:10.0f}{ratio:7.2f}"

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.common import finish, peak_rss_mib, tuned_cpu_env
+from benchmarks.common import device_peak_mib, finish, peak_rss_mib, tuned_cpu_env
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -195,7 +195,7 @@ def summarise(steps: list[dict[str, float]], args: argparse.Namespace) -> dict[s
 
 def main() -> None:
     """Print ``{"step_s", "tok_s", "tokens_per_step", "phases_s", "steps_s", "cpu_s", "losses", "peak_rss_mib",
-    "config"}``.
+    "peak_device_mib", "config"}``.
 
     ``phases_s``: rollout (generate), score (the teacher's transformer), update (all the rest: the student's passes,
     both heads in the chunked loss, AdamW). Times are medians in seconds; ``cpu_s`` is the processor time of a step,
@@ -214,6 +214,7 @@ def main() -> None:
     result = summarise(clock.steps, args) | {
         "losses": losses,
         "peak_rss_mib": peak_rss_mib(),
+        "peak_device_mib": device_peak_mib(),
         "config": {
             "precision": args.precision,
             "micro_batch": args.micro_batch,

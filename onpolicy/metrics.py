@@ -10,12 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from onpolicy.checkpoint import atomic_file
-
-if TYPE_CHECKING:
-    import torch
 
 PHASES = ("rollout", "score", "update", "sync")
 
@@ -32,7 +31,14 @@ class PhaseTimer:
         try:
             yield
         finally:
+            wait_for_gpu()
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def wait_for_gpu() -> None:
+    """Until all that a GPU was asked for is done: without it, a time is that of the asking."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class Means:

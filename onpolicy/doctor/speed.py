@@ -12,6 +12,7 @@ import torch
 from onpolicy.batching import Batch, pack
 from onpolicy.config import TrainConfig
 from onpolicy.doctor.findings import Finding
+from onpolicy.metrics import wait_for_gpu
 from onpolicy.updates import PolicyGradientUpdate, loss_share, make_update
 
 if TYPE_CHECKING:
@@ -52,21 +53,20 @@ def measure(
             update(batch, hidden, head, verdict, denominator, student.head_grad()).loss.backward()
 
     saved = saved_bytes(lambda: learn(batches[:1]), student.model) / batches[0].num_inputs  # and a warm-up
-    score = _timed(lambda: [panel.judge(batch) for batch in batches], student.device)
-    both = _timed(lambda: learn(batches), student.device)
+    score = _timed(lambda: [panel.judge(batch) for batch in batches])
+    both = _timed(lambda: learn(batches))
     # A learning rate of 0 leaves every weight as it is.
     optimizer = torch.optim.AdamW(student.trainable().values(), lr=0.0, weight_decay=0.0, fused=True)
     optimizer.step()
-    apply = _timed(optimizer.step, student.device)
+    apply = _timed(optimizer.step)
     optimizer.zero_grad(set_to_none=True)
     return score / positions, max(both - score, 0.0) / positions, apply, saved
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def _timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    wait_for_gpu()
     return time.perf_counter() - start
 
 
