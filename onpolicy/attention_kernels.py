@@ -1,9 +1,10 @@
-"""The softmax of causal attention and its gradient, one pass over the scores each, compiled by numba.
+"""Causal attention compiled by numba: all of its forward pass, and the softmax and its gradient alone.
 
-bf16 values are handed over as their bits, int16. One file on purpose: numba's disk cache notices a change of the file a
-kernel is in, not of what it calls elsewhere.
+bf16 values are handed over as their bits: int16, or words of two where they are multiplied (:mod:`onpolicy.bf16_block`).
+One file on purpose: numba's disk cache notices a change of the file a kernel is in, not of what it calls elsewhere.
 
-Shape legend: B sequences times key heads, R = G * M queries of each (G heads under one another), M positions.
+Shape legend: S sequences, H heads, K key heads, G = H / K, M positions, P pairs of a head; B = S * K, R = G * M queries
+(G heads under one another).
 """
 
 from __future__ import annotations
@@ -13,15 +14,18 @@ from typing import Any
 import numba
 import numpy as np
 
+from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, product, transpose
 from spec import threads
 
 threads.launch()
 
 f32: Any = np.float32
 i32: Any = np.int32
+u32: Any = np.uint32
 _OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
 _inline = numba.njit(inline="always", **_OPTIONS)
 _parallel = numba.njit(parallel=True, **_OPTIONS)
+_jit = numba.njit(**_OPTIONS)
 
 
 @_inline
@@ -97,3 +101,118 @@ def gradient(scores, normalisers, d_probs, inner, scale, probs, d_scores):  # ty
         for j in range(rest.size):
             rest[j] = 0
             flat[j] = 0
+
+
+@_jit
+def _pack_keys(key, keys):  # type: ignore[no-untyped-def]
+    """Words [M, P] of one key head, ``key[m]`` contiguous -> panels [ceil(M / 32), P, 32], filled up with zeros."""
+    positions, pairs = key.shape
+    flat, square = keys.reshape(-1), np.empty((WIDTH, pairs), np.uint32)
+    for panel in range(keys.shape[0]):
+        first = panel * WIDTH
+        for j in range(WIDTH):
+            row, to = key[min(first + j, positions - 1)], square[j]
+            keep = u32(0xFFFFFFFF) if first + j < positions else u32(0)
+            for p in range(pairs):  # numba's assignment of slices takes several times as long
+                to[p] = row[p] & keep
+        words, whole = square.reshape(-1), pairs // LANES * LANES
+        for k in range(0, whole, LANES):
+            for half in range(0, WIDTH, LANES):
+                transpose(words, half * pairs + k, pairs, flat, (panel * pairs + k) * WIDTH + half)
+        for k in range(whole, pairs):
+            for j in range(WIDTH):
+                keys[panel, k, j] = square[j, k]
+
+
+@_jit
+def _pack_values(value, values):  # type: ignore[no-untyped-def]
+    """Words [M, P] of one key head -> panels [ceil(2 P / 32), ceil(M / 2), 32] of pairs along the positions."""
+    positions, pairs = value.shape
+    half = WIDTH // 2
+    for m in range(values.shape[1]):
+        lower, upper = value[2 * m], value[min(2 * m + 1, positions - 1)]
+        keep = u32(0xFFFFFFFF) if 2 * m + 1 < positions else u32(0)
+        for panel in range(len(values)):
+            low, high, to = lower[panel * half :], upper[panel * half :], values[panel, m]
+            for p in range(min(half, low.size)):
+                to[2 * p] = (low[p] & u32(0xFFFF)) | ((high[p] & keep) << u32(16))
+                to[2 * p + 1] = (low[p] >> u32(16)) | (high[p] & keep & u32(0xFFFF0000))
+
+
+@_jit
+def _softmax_row(row, seen, scale, out):  # type: ignore[no-untyped-def]
+    """``out`` bf16 bits = softmax of the first ``seen`` of scale * ``row`` [N] (overwritten), 0 beyond; N % 32 == 0.
+
+    Returns the log of the sum of exponentials. Everything runs over the whole row: what is left over of a vectorised
+    loop is computed one by one, which takes longer than all the rest of rows this short.
+    """
+    for j in range(seen, row.size):
+        row[j] = f32(-3e38)
+    words = row.view(np.int32)
+    top = i32(-(2**31) + 1)
+    for j in range(words.size):  # over integers ordered like the floats: a maximum of floats does not vectorise
+        word = words[j]
+        top = max(top, word ^ ((word >> i32(31)) & i32(0x7FFFFFFF)))
+    highest = i32(top ^ ((top >> i32(31)) & i32(0x7FFFFFFF))).view(f32)
+    total = f32(0.0)
+    for j in range(row.size):
+        e = _exp(scale * (row[j] - highest))
+        row[j] = e
+        total += e
+    inverse = f32(1.0) / total
+    for j in range(row.size):
+        out[j] = _narrow(row[j] * inverse)
+    return scale * highest + np.log(total)
+
+
+@_jit
+def attend(first, last, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
+    """softmax(scale * query @ key.T, causal) @ value, of the key heads ``first`` to ``last`` of all S * K.
+
+    query, key, value: words [S, M, H or K, P]. out: bf16 bits [S, M, H, 2 P]. normalisers: [S, K, R] float32, as of
+    :func:`softmax`. Scores are float32, and probabilities bf16 where they meet the values. A block of 12 queries
+    multiplies the keys that its last query sees, so half of the products of all pairs is left out.
+    """
+    _, positions, heads, pairs = query.shape
+    shared = key.shape[2]
+    group = heads // shared
+    keys = np.empty((-(-positions // WIDTH), pairs, WIDTH), np.uint32)
+    values = np.zeros((-(-2 * pairs // WIDTH), -(-positions // 2), WIDTH), np.uint32)
+    key_words, value_words, halves = keys.reshape(-1), values.reshape(-1), values.shape[1]
+    queries, scores = np.zeros((HEIGHT, pairs), np.uint32), np.empty((HEIGHT, len(keys) * WIDTH), np.float32)
+    probs = np.zeros(scores.shape, np.int16)
+    left, score_words, prob_words = query.reshape(-1), scores.reshape(-1), probs.reshape(-1).view(np.uint32)
+    last_rows = queries.reshape(-1)
+    stride = scores.shape[1]
+    block = np.empty((HEIGHT, WIDTH), np.float32)
+    flat = block.reshape(-1)
+    for job in range(first, last):
+        s, h = job // shared, job % shared
+        _pack_keys(key[s, :, h], keys)
+        _pack_values(value[s, :, h], values)
+        for g in range(group):
+            head = h * group + g
+            for start in range(0, positions, HEIGHT):
+                rows = min(HEIGHT, positions - start)
+                if rows < HEIGHT:  # 12 are read
+                    for i in range(rows):
+                        queries[i] = query[s, start + i, head]
+                end = start + rows
+                reach = -(-end // WIDTH) * WIDTH
+                for panel in range(reach // WIDTH):
+                    to, at = panel * WIDTH, panel * pairs * WIDTH
+                    if rows < HEIGHT:
+                        product(last_rows, 0, pairs, 1, key_words, at, pairs, score_words, to, stride)
+                    else:
+                        begin = ((s * positions + start) * heads + head) * pairs
+                        product(left, begin, heads * pairs, 1, key_words, at, pairs, score_words, to, stride)
+                for i in range(rows):
+                    normaliser = _softmax_row(scores[i, :reach], start + i + 1, scale, probs[i, :reach])
+                    normalisers[s, h, g * positions + start + i] = normaliser
+                for panel in range(len(values)):
+                    product(prob_words, 0, stride // 2, 1, value_words, panel * halves * WIDTH, -(-end // 2), flat, 0, WIDTH)
+                    width = min(WIDTH, 2 * pairs - panel * WIDTH)
+                    for i in range(rows):
+                        result, sums = out[s, start + i, head, panel * WIDTH :], block[i]
+                        for j in range(width):
+                            result[j] = _narrow(sums[j])

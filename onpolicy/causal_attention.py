@@ -19,7 +19,9 @@ import torch
 from torch import Tensor
 
 from onpolicy.losses import _workspace
+from onpolicy.losses._bf16_products import available
 from onpolicy.losses._projection import bf16_products
+from onpolicy.losses._threads import in_threads
 
 _SCORES = 1 << 19  # elements of the scores computed at a time: 2 MiB of float32
 _LONGEST = 384  # positions beyond which torch, which skips what no query sees, is faster (benchmarks/attention.py)
@@ -47,17 +49,17 @@ class _CausalAttention(torch.autograd.Function):
         from onpolicy import attention_kernels as kernels
 
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        sequences, positions, heads, _ = query.shape
+        sequences, positions, heads, size = query.shape
         shared = key.shape[2]
         normalisers = torch.empty(sequences, shared, heads // shared * positions)
-        for part in _parts(query):
-            q, k, v = _folded(query[part], shared), _folded(key[part], shared), _folded(value[part], shared)
-            scores = _products("scores", q, k)
-            probs = torch.empty(scores.shape, dtype=v.dtype)
-            kernels.softmax(
-                scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy()
-            )  # fmt: skip
-            _unfold(torch.bmm(probs, v), out[part])
+        if available() and size % 2 == 0:
+            words = [_words(states) for states in (query, key, value)]
+            results = _bits(out), normalisers.numpy()
+            in_threads(
+                sequences * shared, lambda first, last: kernels.attend(first, last, *words, np.float32(scale), *results)
+            )
+        else:
+            _forward_by_products(query, key, value, scale, out, normalisers)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(query, key, value, out, normalisers)
             ctx.scale = scale
@@ -86,6 +88,21 @@ class _CausalAttention(torch.autograd.Function):
             _unfold(torch.bmm(d_scores.transpose(1, 2), q), d_key[part])
             _unfold(torch.bmm(probs.transpose(1, 2), g), d_value[part])
         return d_query, d_key, d_value, None
+
+
+def _forward_by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor
+) -> None:
+    """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, R]."""
+    from onpolicy import attention_kernels as kernels
+
+    shared = key.shape[2]
+    for part in _parts(query):
+        q, k, v = _folded(query[part], shared), _folded(key[part], shared), _folded(value[part], shared)
+        scores = _products("scores", q, k)
+        probs = torch.empty(scores.shape, dtype=v.dtype)
+        kernels.softmax(scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy())
+        _unfold(torch.bmm(probs, v), out[part])
 
 
 def _parts(query: Tensor) -> Iterator[slice]:
@@ -128,3 +145,8 @@ def _products(name: str, left: Tensor, right: Tensor) -> Tensor:
 
 def _bits(tensor: Tensor) -> np.ndarray:
     return tensor.view(torch.int16).numpy()
+
+
+def _words(tensor: Tensor) -> np.ndarray:
+    """Pairs of bf16 values along the last dimension."""
+    return tensor.detach().contiguous().view(torch.int32).numpy().view(np.uint32)

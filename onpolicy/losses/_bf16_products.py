@@ -48,6 +48,26 @@ def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     in_threads(-(-len(head) // kernels.WIDTH), work)
 
 
+def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+    """``total`` [V, D] float32 += grad.T @ hidden, grad [n, V] and hidden [n, D] bf16. All contiguous."""
+    from onpolicy.losses import _bf16_kernels as kernels
+
+    bits, size = _bits(grad), hidden.shape[1]
+    packed = np.empty((-(-size // kernels.WIDTH), -(-len(hidden) // 2), kernels.WIDTH), np.uint32)
+    kernels.pack_tokens(_bits(hidden), packed)
+    sums = total.numpy()
+
+    def work(first: int, last: int) -> None:
+        kernels.head_gradient(first, last, bits, packed, sums)
+
+    in_threads(-(-grad.shape[1] // kernels.STRIPE), work)
+
+
+def _bits(matrix: Tensor) -> np.ndarray:
+    """Of a bf16 matrix, [rows, columns] uint16."""
+    return matrix.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
+
+
 def _words(matrix: Tensor) -> np.ndarray:
     """The bits of a matrix, [rows, bytes of a row / 4]."""
     return matrix.detach().contiguous().view(torch.uint8).numpy().view(np.uint32)

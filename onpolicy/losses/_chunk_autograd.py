@@ -165,7 +165,7 @@ class _Gradients:
         if self.hidden is not None and self.operand is not None:
             self.hidden[where] = self.projection.grad_hidden(grad, rounded, self.operand).to(self.hidden.dtype)
         if self.head is not None:
-            self.projection.add_grad_head(self.head[: grad.shape[1]], grad, hidden)
+            self.projection.add_grad_head(self.head[: grad.shape[1]], grad, rounded, hidden)
         if self.bias is not None:
             self.bias[: grad.shape[1]] += grad.sum(0)
 

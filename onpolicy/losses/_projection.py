@@ -32,7 +32,8 @@ class Projection:
         self.dtype = product_dtype(hidden, head)
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._widened = hidden.device.type == "cpu" and self.low_precision
-        self._own = self._widened and self.dtype == torch.bfloat16 and _bf16_products.supports(self.head)
+        self._own_products = self._widened and self.dtype == torch.bfloat16 and _bf16_products.available()
+        self._own_logits = self._own_products and _bf16_products.supports(self.head)
 
     @property
     def low_precision(self) -> bool:
@@ -44,7 +45,7 @@ class Projection:
         if out.dtype != self.accumulate:  # a float32 teacher of a float64 student, or the reverse
             return out.copy_(self.logits(hidden, torch.empty_like(out, dtype=self.accumulate)))
         hidden = hidden.to(self.dtype)
-        if self._own and out.is_contiguous():
+        if self._own_logits and out.is_contiguous():
             _bf16_products.logits(hidden, self.head, out)
         elif self._widened:
             self._widened_logits(hidden.float(), out)
@@ -65,10 +66,12 @@ class Projection:
         """Gradient by the logits [n, V] (and its 16-bit copy, if there is one) -> [n, D]."""
         return (grad.to(self.dtype) if rounded is None else rounded) @ operand
 
-    def add_grad_head(self, total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-        """total [V, D] += grad.T [V, n] @ hidden [n, D], accumulated in float32 (float64)."""
+    def add_grad_head(self, total: Tensor, grad: Tensor, rounded: Tensor | None, hidden: Tensor) -> None:
+        """total [V, D] += grad.T [V, n] @ hidden [n, D], accumulated in float32 (float64); ``rounded`` as above."""
         hidden = hidden.to(self.dtype)
-        if self.low_precision and not self._widened:
+        if self._own_products and rounded is not None and total.dtype == torch.float32 and total.is_contiguous():
+            _bf16_products.add_head_gradient(total, rounded, hidden)
+        elif self.low_precision and not self._widened:
             total += torch.mm(grad.to(self.dtype).t(), hidden, out_dtype=total.dtype)
         else:
             with bf16_products(self.dtype):

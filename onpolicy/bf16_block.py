@@ -1,0 +1,170 @@
+"""The inner block of a bf16 matrix product with float32 sums, for numba kernels: VDPBF16PS on 24 vector registers.
+
+The instruction multiplies pairs of bf16 values that lie next to each other in 32 bits and adds both products to a
+float32 lane. Operands are therefore words, pairs along the summed dimension. A block is ``HEIGHT`` rows of the left
+operand by ``WIDTH`` columns of the right one, which lie side by side (a panel), so that the inner loop reads them in
+order; its 12 x 32 sums fill 24 of the 32 registers. Whether a CPU has the instruction says
+:func:`onpolicy.losses._bf16_products.available`.
+
+numba's disk cache notices a change of the file a kernel is in, not of what it calls elsewhere. So whoever changes what
+is emitted here renames it: then the files of the kernels change too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+HEIGHT, WIDTH = 12, 32
+LANES = 16
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+@intrinsic
+def product(
+    typing_context: Any,
+    left: Any,
+    left_at: Any,
+    row_stride: Any,
+    pair_stride: Any,
+    right: Any,
+    right_at: Any,
+    pairs: Any,
+    out: Any,
+    out_at: Any,
+    out_stride: Any,
+) -> Any:
+    """12 rows of 32 float32, ``out_stride`` apart from ``out_at`` on, become left [12, P] times right [P, 32].
+
+    Word (i, k) of the left operand stands at ``left_at + i * row_stride + k * pair_stride``, word (k, j) of the right
+    one at ``right_at + 32 * k + j``. All arrays are contiguous; ``pairs`` is at least 1.
+    """
+    return _signature(left, right, out), _generate(add=False)
+
+
+@intrinsic
+def added_product(
+    typing_context: Any,
+    left: Any,
+    left_at: Any,
+    row_stride: Any,
+    pair_stride: Any,
+    right: Any,
+    right_at: Any,
+    pairs: Any,
+    out: Any,
+    out_at: Any,
+    out_stride: Any,
+) -> Any:
+    """As :func:`product`, added to what is there."""
+    return _signature(left, right, out), _generate(add=True)
+
+
+def _signature(left: Any, right: Any, out: Any) -> Any:
+    i64 = types.int64
+    return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64)
+
+
+def _generate(add: bool) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i64, i32 = ir.IntType(64), ir.IntType(32)
+        sums_type, words_type = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, LANES)
+        halves_type = ir.VectorType(_BFloat(), 2 * LANES)
+        left, right, out = (
+            cgutils.create_struct_proxy(signature.args[i])(context, builder, value=arguments[i]).data for i in (0, 4, 7)
+        )
+        _, left_at, row_stride, pair_stride, _, right_at, pairs, _, out_at, out_stride = arguments
+        dot = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(sums_type, (sums_type, halves_type, halves_type)),
+            "llvm.x86.avx512bf16.dpbf16ps.512",
+        )  # fmt: skip
+        rows = [builder.gep(left, [builder.add(left_at, builder.mul(row_stride, i64(i)))]) for i in range(HEIGHT)]
+        right = builder.gep(right, [right_at])
+        before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("sums")
+        builder.branch(loop)
+        builder.position_at_end(loop)
+        step = builder.phi(i64)
+        sums = [[builder.phi(sums_type) for _ in range(WIDTH // LANES)] for _ in range(HEIGHT)]
+        base = builder.gep(right, [builder.mul(step, i64(WIDTH))])
+        columns = [
+            builder.load(builder.bitcast(builder.gep(base, [i64(LANES * j)]), halves_type.as_pointer()), align=4)
+            for j in range(WIDTH // LANES)
+        ]
+        offset = builder.mul(step, pair_stride)
+        results = []
+        for i in range(HEIGHT):
+            word = builder.load(builder.gep(rows[i], [offset]))
+            single = builder.insert_element(words_type(ir.Undefined), word, i32(0))
+            same = ir.Constant(words_type, [0] * LANES)
+            row = builder.bitcast(builder.shuffle_vector(single, single, same), halves_type)
+            results.append(
+                [builder.call(dot, (total, row, column)) for total, column in zip(sums[i], columns, strict=True)]
+            )
+        following = builder.add(step, i64(1))
+        step.add_incoming(i64(0), before)
+        step.add_incoming(following, loop)
+        zero = ir.Constant(sums_type, [0.0] * LANES)
+        for phis, values in zip(sums, results, strict=True):
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(zero, before)
+                phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after)
+        builder.position_at_end(after)
+        for i, values in enumerate(results):
+            start = builder.add(out_at, builder.mul(out_stride, i64(i)))
+            for j, value in enumerate(values):
+                at = builder.gep(out, [builder.add(start, i64(LANES * j))])
+                place = builder.bitcast(at, sums_type.as_pointer())
+                builder.store(builder.fadd(builder.load(place, align=4), value) if add else value, place, align=4)
+        return context.get_dummy_value()
+
+    return generate
+
+
+@intrinsic
+def transpose(typing_context: Any, source: Any, source_at: Any, stride: Any, to: Any, to_at: Any) -> Any:
+    """16 rows of 16 words, ``stride`` apart from ``source_at`` on, become the columns of 16 rows ``WIDTH`` apart."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i64 = ir.IntType(64)
+        words_type = ir.VectorType(ir.IntType(32), LANES)
+        source, to = (
+            cgutils.create_struct_proxy(signature.args[i])(context, builder, value=arguments[i]).data for i in (0, 3)
+        )
+
+        def row(base: Any, start: Any, stride: Any, i: int) -> Any:
+            at = builder.add(start, builder.mul(stride, i64(i)))
+            return builder.bitcast(builder.gep(base, [at]), words_type.as_pointer())
+
+        rows = [builder.load(row(source, arguments[1], arguments[2], i), align=4) for i in range(LANES)]
+        for distance in (8, 4, 2, 1):  # swap the off-diagonal halves of ever smaller squares
+            for i in (i for i in range(LANES) if not i & distance):
+                upper, lower = rows[i], rows[i + distance]
+                masks = (
+                    [lane if not lane & distance else LANES + lane - distance for lane in range(LANES)],
+                    [lane + distance if not lane & distance else LANES + lane for lane in range(LANES)],
+                )
+                rows[i], rows[i + distance] = (
+                    builder.shuffle_vector(upper, lower, ir.Constant(words_type, mask)) for mask in masks
+                )
+        for i, words in enumerate(rows):
+            builder.store(words, row(to, arguments[4], i64(WIDTH), i), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, to, types.int64), generate
