@@ -1,4 +1,4 @@
-"""Causal attention of training by batched products, beside torch's fused CPU kernel, in one run.
+"""Causal attention of training, beside torch's fused CPU kernel, in one run.
 
 Milliseconds of the forward and of the backward pass over bf16 sequences as the default models have them. The last line
 is one JSON object.

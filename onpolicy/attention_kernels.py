@@ -1,7 +1,8 @@
 """Causal attention compiled by numba: all of its forward pass, and the softmax and its gradient alone.
 
-bf16 values are handed over as their bits: int16, or words of two where they are multiplied (:mod:`onpolicy.bf16_block`).
-One file on purpose: numba's disk cache notices a change of the file a kernel is in, not of what it calls elsewhere.
+bf16 values are handed over as their bits: int16, or words of two where they are multiplied
+(:mod:`onpolicy.bf16_block`). One file on purpose: numba's disk cache notices a change of the file a kernel is in, not
+of what it calls elsewhere.
 
 Shape legend: S sequences, H heads, K key heads, G = H / K, M positions, P pairs of a head; B = S * K, R = G * M queries
 (G heads under one another).
@@ -127,8 +128,7 @@ def _pack_keys(key, keys):  # type: ignore[no-untyped-def]
 @_jit
 def _pack_values(value, values):  # type: ignore[no-untyped-def]
     """Words [M, P] of one key head -> panels [ceil(2 P / 32), ceil(M / 2), 32] of pairs along the positions."""
-    positions, pairs = value.shape
-    half = WIDTH // 2
+    positions, half = len(value), WIDTH // 2
     for m in range(values.shape[1]):
         lower, upper = value[2 * m], value[min(2 * m + 1, positions - 1)]
         keep = u32(0xFFFFFFFF) if 2 * m + 1 < positions else u32(0)
@@ -210,7 +210,9 @@ def attend(first, last, query, key, value, scale, out, normalisers):  # type: ig
                     normaliser = _softmax_row(scores[i, :reach], start + i + 1, scale, probs[i, :reach])
                     normalisers[s, h, g * positions + start + i] = normaliser
                 for panel in range(len(values)):
-                    product(prob_words, 0, stride // 2, 1, value_words, panel * halves * WIDTH, -(-end // 2), flat, 0, WIDTH)
+                    product(
+                        prob_words, 0, stride // 2, 1, value_words, panel * halves * WIDTH, -(-end // 2), flat, 0, WIDTH
+                    )
                     width = min(WIDTH, 2 * pairs - panel * WIDTH)
                     for i in range(rows):
                         result, sums = out[s, start + i, head, panel * WIDTH :], block[i]

@@ -1,10 +1,11 @@
-"""Causal attention on a CPU by batched matrix products, in bounded memory and with its own backward pass.
+"""Causal attention on a CPU, in bounded memory and with its own backward pass.
 
-torch's fused CPU kernel multiplies small tiles one by one, which on CPUs without AMX takes longer than the same
-products in one oneDNN call (benchmarks/attention.py). Here scores are float32 (bf16 operands, float32 sums), the
-softmax is float32, and probabilities are rounded to the operands' dtype before they meet the values, as in the fused
-kernel. The queries of heads that share keys are stacked, so keys and values are never repeated. A few sequences are
-done at a time: their scores stay in the cache, and the backward pass computes them again from the log-normalisers.
+torch's fused CPU kernel multiplies small tiles one by one, which on CPUs without AMX takes two to three times as long
+(benchmarks/attention.py). Here scores are float32 (bf16 operands, float32 sums), the softmax is float32, and
+probabilities are rounded to the operands' dtype before they meet the values, as in the fused kernel. The forward pass
+is a kernel of our own where the CPU multiplies bf16 values; elsewhere, and in the backward pass, a few sequences at a
+time go through batched products: the queries of heads that share keys are stacked, so keys and values are never
+repeated, their scores stay in the cache, and the backward pass computes them again from the log-normalisers.
 
 Shape legend: S sequences, s of them at a time, H heads, K key heads, G = H / K, M positions, D head size.
 """
@@ -24,12 +25,14 @@ from onpolicy.losses._projection import bf16_products
 from onpolicy.losses._threads import in_threads
 
 _SCORES = 1 << 19  # elements of the scores computed at a time: 2 MiB of float32
-_LONGEST = 384  # positions beyond which torch, which skips what no query sees, is faster (benchmarks/attention.py)
+_LONGEST = 512  # positions beyond which torch's backward pass, which skips what no query sees, is faster
 
 
 def fits(query: Tensor) -> bool:
-    """Whether :func:`causal_attention` is the faster way for these [S, M, H, D]."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[1] <= _LONGEST
+    """Whether :func:`causal_attention` is the faster way for these [S, M, H, D] (benchmarks/attention.py)."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return False
+    return query.shape[1] <= _LONGEST or (available() and not (query.requires_grad and torch.is_grad_enabled()))
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -46,20 +49,12 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        from onpolicy import attention_kernels as kernels
-
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         sequences, positions, heads, size = query.shape
         shared = key.shape[2]
         normalisers = torch.empty(sequences, shared, heads // shared * positions)
-        if available() and size % 2 == 0:
-            words = [_words(states) for states in (query, key, value)]
-            results = _bits(out), normalisers.numpy()
-            in_threads(
-                sequences * shared, lambda first, last: kernels.attend(first, last, *words, np.float32(scale), *results)
-            )
-        else:
-            _forward_by_products(query, key, value, scale, out, normalisers)
+        forward = _by_own_kernel if available() and size % 2 == 0 else _by_products
+        forward(query, key, value, scale, out, normalisers)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(query, key, value, out, normalisers)
             ctx.scale = scale
@@ -90,15 +85,25 @@ class _CausalAttention(torch.autograd.Function):
         return d_query, d_key, d_value, None
 
 
-def _forward_by_products(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor
-) -> None:
-    """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, R]."""
+def _by_own_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
+    """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M]."""
+    from onpolicy import attention_kernels as kernels
+
+    words, results = [_words(states) for states in (query, key, value)], (_bits(out), normalisers.numpy())
+
+    def work(first: int, last: int) -> None:
+        kernels.attend(first, last, *words, np.float32(scale), *results)
+
+    in_threads(len(query) * key.shape[2], work)
+
+
+def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
+    """The same."""
     from onpolicy import attention_kernels as kernels
 
     shared = key.shape[2]
     for part in _parts(query):
-        q, k, v = _folded(query[part], shared), _folded(key[part], shared), _folded(value[part], shared)
+        q, k, v = (_folded(states[part], shared) for states in (query, key, value))
         scores = _products("scores", q, k)
         probs = torch.empty(scores.shape, dtype=v.dtype)
         kernels.softmax(scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy())

@@ -1,4 +1,4 @@
-"""Logits of bf16 hidden states in float32: against float64, at every kind of remainder, on any number of threads."""
+"""Products of bf16 values in float32: against float64, at every kind of remainder, on any number of threads."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> Non
     assert close(out, left @ right.T, left.abs() @ right.abs().T)
 
 
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 192, 32), (275, 230, 40)])
+def test_the_heads_gradient(shape: tuple[int, int, int], threads) -> None:
+    n, vocab, size = shape
+    grad, hidden, before = torch.randn(n, vocab).bfloat16(), torch.randn(n, size).bfloat16(), torch.randn(vocab, size)
+    total = before.clone()
+    _bf16_products.add_head_gradient(total, grad, hidden)
+    left, right = grad.double().T, hidden.double()
+    assert close(total, before + left @ right, before.abs() + left.abs() @ right.abs())
+
+
 def test_a_float32_head_is_rounded_as_torch_rounds_it() -> None:
     """To nearest, ties to even; infinite and NaN stay what they are and touch no other row."""
     bits = torch.tensor([0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7FFFFFFF, 0x00010000 << 7])
@@ -59,3 +69,16 @@ def test_projections_use_them(monkeypatch) -> None:
         for weights in (head, head.t().contiguous().t())
     ]
     assert len(calls) == 1 and torch.allclose(*results)
+
+
+def test_a_trained_head_gets_its_gradient_from_them(monkeypatch) -> None:
+    """From the 16-bit copy of the gradient by the logits; without one, or where it cannot be, the other way."""
+    calls = []
+    product = _bf16_products.add_head_gradient
+    monkeypatch.setattr(_bf16_products, "add_head_gradient", lambda *a: (calls.append(1), product(*a)))
+    hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(40, 8)
+    grad = torch.randn(3, 40).bfloat16()
+    totals = [torch.zeros(40, 8) for _ in range(2)]
+    for total, rounded in zip(totals, (grad, None), strict=True):
+        Projection(hidden, head, None, 40).add_grad_head(total, grad.float(), rounded, hidden)
+    assert len(calls) == 1 and torch.allclose(*totals, atol=1e-6)

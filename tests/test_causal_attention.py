@@ -1,4 +1,4 @@
-"""Attention by batched products against torch's, in float64, in value and gradient."""
+"""Causal attention of training against torch's, in float64, in value and gradient."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from onpolicy import causal_attention as module
 from onpolicy.causal_attention import causal_attention, fits
 
+OWN = pytest.mark.skipif(not module.available(), reason="needs a CPU that multiplies bf16")
+
 
 def problem(sequences: int, positions: int, shared: int, group: int, size: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(positions)
@@ -27,18 +29,21 @@ def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2)
 
 
+@pytest.mark.parametrize("own", (pytest.param(True, marks=OWN), False))
 @settings(max_examples=25, deadline=None)
 @given(
-    st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.integers(1, 3), st.sampled_from([8, 16, 64]),
+    st.integers(1, 5), st.integers(1, 70), st.integers(1, 3), st.integers(1, 3), st.sampled_from([6, 8, 16, 40, 64]),
     st.sampled_from([1 << 8, 1 << 12, 1 << 19]),
 )  # fmt: skip
-def test_values_and_gradients(sequences, positions, shared, group, size, at_a_time) -> None:
+def test_values_and_gradients(own, sequences, positions, shared, group, size, at_a_time) -> None:
+    """By the own kernel (every kind of remainder of its 12 x 32 blocks) and by batched products."""
     *inputs, grad = problem(sequences, positions, shared, group, size)
     wide = [x.double().requires_grad_() for x in inputs]
     expected = reference(*wide, 0.2)
     gradients = torch.autograd.grad(expected, wide, grad.double())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "_SCORES", at_a_time)
+        patch.setattr(module, "available", lambda: own)
         narrow = [x.requires_grad_() for x in inputs]
         output = causal_attention(*narrow, 0.2)
         ours = torch.autograd.grad(output, narrow, grad)
@@ -47,6 +52,23 @@ def test_values_and_gradients(sequences, positions, shared, group, size, at_a_ti
     floor = 2e-3 * grad.double().norm() * size**0.5
     for got, want in zip((output, *ours), (expected, *gradients), strict=True):
         assert (got.double() - want).norm() <= 1e-2 * want.norm() + floor
+
+
+@OWN
+def test_the_own_kernel_takes_no_notice_of_what_lies_around() -> None:
+    """Its blocks reach beyond the last position: what stands there, and how many threads work, change no bit."""
+    query, key, value, _ = problem(3, 45, 2, 2, 40)
+    once = causal_attention(query, key, value, 0.2)
+    padded = [torch.full((x.numel() + 8192,), torch.nan, dtype=x.dtype) for x in (query, key, value)]
+    inside = [whole[: x.numel()].view_as(x).copy_(x) for whole, x in zip(padded, (query, key, value), strict=True)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(once, causal_attention(*inside, 0.2))
+    finally:
+        torch.set_num_threads(threads)
+    views = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (query, key, value)]
+    assert torch.equal(once, causal_attention(*views, 0.2))
 
 
 def test_no_position_sees_a_later_one() -> None:
@@ -62,7 +84,8 @@ def test_no_position_sees_a_later_one() -> None:
 def test_it_is_used_where_it_is_right() -> None:
     states = torch.zeros(1, 4, 2, 8)
     assert fits(states.bfloat16()) and not fits(states)
-    assert not fits(torch.zeros(1, 4096, 1, 8, dtype=torch.bfloat16))
+    long = torch.zeros(1, 4096, 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    assert not fits(long) and fits(long.detach()) == module.available()
 
 
 def test_numbas_threads_leave_torchs_loops_flat() -> None:

@@ -1,7 +1,8 @@
-"""Logits of bf16 hidden states and heads in float32, on CPUs that multiply bf16 values but have no matrix unit.
+"""Products of bf16 values in float32, on CPUs that have them and no matrix unit.
 
 torch has none there: its bf16 product rounds the result, and oneDNN's float32 product that may use bf16 arithmetic
-inside does not use VDPBF16PS, so it runs at the speed of float32 (`python -m benchmarks.projection`).
+inside does not use VDPBF16PS, so it runs at the speed of float32 (`python -m benchmarks.projection`): the loss's logits
+and its gradient by the head take a half to two thirds of that time here.
 numba is imported and the kernels compiled (then cached on disk) at the first use.
 
 Shape legend: n tokens, V vocabulary, D hidden size.
@@ -35,25 +36,27 @@ def supports(head: Tensor) -> bool:
 
 def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """``out`` [n, V] float32 = hidden [n, D] bf16 @ head.T [D, V], a float32 head rounded to bf16. All contiguous."""
+    from onpolicy.bf16_block import HEIGHT, WIDTH
     from onpolicy.losses import _bf16_kernels as kernels
 
     pairs = hidden.shape[1] // 2
-    packed = np.empty((-(-len(hidden) // kernels.HEIGHT), pairs, kernels.HEIGHT), np.uint32)
+    packed = np.empty((-(-len(hidden) // HEIGHT), pairs, HEIGHT), np.uint32)
     kernels.pack_rows(_words(hidden), packed)
     words, result = _words(head), out.numpy()
 
     def work(first: int, last: int) -> None:
         kernels.logits(first, last, words, packed, result)
 
-    in_threads(-(-len(head) // kernels.WIDTH), work)
+    in_threads(-(-len(head) // WIDTH), work)
 
 
 def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """``total`` [V, D] float32 += grad.T @ hidden, grad [n, V] and hidden [n, D] bf16. All contiguous."""
+    from onpolicy.bf16_block import WIDTH
     from onpolicy.losses import _bf16_kernels as kernels
 
     bits, size = _bits(grad), hidden.shape[1]
-    packed = np.empty((-(-size // kernels.WIDTH), -(-len(hidden) // 2), kernels.WIDTH), np.uint32)
+    packed = np.empty((-(-size // WIDTH), -(-len(hidden) // 2), WIDTH), np.uint32)
     kernels.pack_tokens(_bits(hidden), packed)
     sums = total.numpy()
 
