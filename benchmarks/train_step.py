@@ -21,6 +21,7 @@ from typing import Any
 
 from benchmarks import trl_peer
 from benchmarks.common import device_peak_mib, finish, in_subprocess, peak_rss_mib, tuned_cpu_env
+from onpolicy.config import BatchingConfig
 
 
 def arguments() -> argparse.Namespace:
@@ -31,6 +32,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=4, help="of the student, pruned from the default teacher")
     parser.add_argument("--steps", type=int, default=3, help="measured steps, after one of warm-up")
     parser.add_argument("--repeat", type=int, default=3, help="pairs of runs")
+    parser.add_argument(
+        "--token-budget", type=int, default=BatchingConfig.token_budget, help="positions a pass, of ours"
+    )
+    parser.add_argument("--micro-batch", type=int, default=8, help="rollouts a pass, of TRL")
     parser.add_argument("--json", metavar="OUT", help="write the result here too")
     parser.add_argument("--ours", metavar="DIR", help=argparse.SUPPRESS)  # the measured process of our side
     return parser.parse_args()
@@ -73,7 +78,7 @@ def measure_ours(directory: Path, args: argparse.Namespace) -> dict[str, Any]:
             f"--prompts.source={directory / 'ours.jsonl'}", "--prompts.heldout_size=0", "--evaluation.num_prompts=0",
             f"--sampling.max_tokens={args.completion_length}", f"--prompts_per_step={prompts_per_step}",
             f"--sampling.samples_per_prompt={args.samples_per_prompt}", f"--steps={args.steps + 1}",
-            "--logging.trackers=[]",
+            "--logging.trackers=[]", f"--batching.token_budget={args.token_budget}",
             "--logging.progress=false", "--optim.warmup_steps=0", "--prompts.shuffle=false",
         ]
     )  # fmt: skip
@@ -115,13 +120,13 @@ def main() -> None:
         write_prompts(directory / "trl.jsonl", prompts, args.samples_per_prompt)
         from onpolicy.teachers.convert import default_teacher
 
-        numbers = ("rollouts", "samples_per_prompt", "completion_length", "layers", "steps")
+        numbers = ("rollouts", "samples_per_prompt", "completion_length", "layers", "steps", "token_budget")
         passed = [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in numbers]
         peer = [
             "-W", "ignore", "-m", "benchmarks.trl_peer", "--student", str(directory / "student"),
             "--teacher", str(default_teacher()), "--prompts", str(directory / "trl.jsonl"),
             "--rollouts", str(args.rollouts), "--completion-length", str(args.completion_length),
-            "--steps", str(args.steps),
+            "--steps", str(args.steps), "--micro-batch", str(args.micro_batch),
         ]  # fmt: skip
         for repeat in range(args.repeat):
             ours = in_subprocess(["-m", "benchmarks.train_step", *passed, "--ours", scratch], env=environment())
