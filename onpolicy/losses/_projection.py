@@ -72,7 +72,8 @@ class Projection:
         if self._own_products and rounded is not None and total.dtype == torch.float32 and total.is_contiguous():
             _bf16_products.add_head_gradient(total, rounded, hidden)
         elif self.low_precision and not self._widened:
-            total += torch.mm(grad.to(self.dtype).t(), hidden, out_dtype=total.dtype)
+            low = grad.to(self.dtype) if rounded is None else rounded
+            total += torch.mm(low.t(), hidden, out_dtype=total.dtype)
         else:
             with bf16_products(self.dtype):
                 total.addmm_(grad.t(), hidden.to(total.dtype))
