@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from onpolicy.batching import Batch, pack
-from onpolicy.losses import iter_logprobs
+from onpolicy.losses import _fused, iter_logits
+from onpolicy.losses.divergences import log_probs
 from onpolicy.student import Student
 from onpolicy.teachers import Score, Teacher
 from onpolicy.types import Prompt, Rollout, SamplingParams
@@ -21,7 +22,8 @@ from spec.stats import expected_acceptance, greedy_agreement
 if TYPE_CHECKING:
     from onpolicy.rollouts.base import Progress, Sampler
 
-CHUNK = 32  # tokens: the vocabulary-wide intermediates of a chunk stay in the processor's cache
+_FEW = 32  # tokens: torch's vocabulary-wide intermediates of so many stay in a processor's cache
+_COMPARED = ("agreement", "reverse_kl", "forward_kl", "acceptance", "student_logprob", "teacher_logprob")
 METRICS = ("reverse_kl", "forward_kl", "acceptance_t1", "acceptance_t0", "agreement", "perplexity")
 
 
@@ -88,35 +90,36 @@ def token_statistics(
 ) -> dict[str, float]:
     """Means over all completion tokens of the batches, at temperature 1, nats.
 
-    ``reverse_kl``, ``forward_kl``, ``acceptance`` (sum over the vocabulary of min(p, q)), ``agreement`` (same most
-    likely token), ``student_nll`` and ``teacher_nll`` (of the text itself).
+    ``agreement`` (same most likely token), ``reverse_kl``, ``forward_kl``, ``acceptance`` (sum over the vocabulary of
+    min(p, q)), ``student_logprob`` and ``teacher_logprob`` (of the text itself).
     """
     sums: dict[str, float] = {}
     tokens = 0
     for batch, score in scored:
         hidden, head = student(batch)
+        few = hidden.device.type == "cpu" and not _fused.compares(torch.empty(0))
         start = 0
-        for q, p in iter_logprobs(hidden, head, score.hidden, score.head, chunk_size=CHUNK):
-            ids = batch.token_ids[start : start + len(q), None]
+        for q, p in iter_logits(hidden, head, score.hidden, score.head, chunk_size=_FEW if few else None):
+            ids = batch.token_ids[start : start + len(q)]
             start += len(q)
-            rows = {"agreement": greedy_agreement(p, q).float()} if agreement_only else _row_statistics(q, p, ids)
-            for name, values in rows.items():
-                sums[name] = sums.get(name, 0.0) + float(values.double().sum())
+            compiled = _fused.compares(q) and _fused.compares(p)
+            rows = (_fused.compare if compiled else _compare)(q, p, ids, agreement_only)
+            for name, values in zip(_COMPARED, rows.double().sum(-1).tolist(), strict=False):
+                sums[name] = sums.get(name, 0.0) + values
         tokens += len(batch.token_ids)
     return {name: total / tokens for name, total in sums.items()}
 
 
-def _row_statistics(q: torch.Tensor, p: torch.Tensor, ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[n, V] log-probabilities of student and teacher -> [n] values."""
-    student, teacher, difference = q.exp(), p.exp(), (q - p).nan_to_num_(0.0)  # NaN: both -inf
-    return {
-        "reverse_kl": (student * difference).sum(-1),
-        "forward_kl": -(teacher * difference).sum(-1),
-        "acceptance": expected_acceptance(teacher, student),
-        "agreement": greedy_agreement(p, q).float(),
-        "student_nll": -q.gather(1, ids)[:, 0],
-        "teacher_nll": -p.gather(1, ids)[:, 0],
-    }
+def _compare(student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, agreement_only: bool) -> torch.Tensor:
+    """What :func:`onpolicy.losses._fused.compare` gives, by torch."""
+    agreement = greedy_agreement(teacher, student).double()
+    if agreement_only:
+        return agreement[None]
+    q, p = log_probs(student, 1.0), log_probs(teacher, 1.0)
+    mass_q, mass_p, difference = q.exp(), p.exp(), (q - p).nan_to_num_(0.0)  # NaN: both -inf
+    reverse, forward = (mass_q * difference).sum(-1), -(mass_p * difference).sum(-1)
+    said = (logs.gather(1, ids[:, None])[:, 0] for logs in (q, p))
+    return torch.stack([x.double() for x in (agreement, reverse, forward, expected_acceptance(mass_p, mass_q), *said)])
 
 
 def summarise(sampled: dict[str, float], greedy: dict[str, float], visited_by: str) -> dict[str, float]:
@@ -125,7 +128,7 @@ def summarise(sampled: dict[str, float], greedy: dict[str, float], visited_by: s
     ``acceptance_t0`` is measured where greedy decoding goes, ``acceptance_t1`` where sampling goes. ``perplexity`` is
     the student's of the teacher's text; on the student's own text it is the teacher's.
     """
-    text_nll = sampled["student_nll"] if visited_by == "teacher" else sampled["teacher_nll"]
+    text_nll = -sampled["student_logprob" if visited_by == "teacher" else "teacher_logprob"]
     values = {
         "reverse_kl": sampled["reverse_kl"],
         "forward_kl": sampled["forward_kl"],

@@ -119,6 +119,28 @@ def run(
     return value, entropy, student_logprobs, teacher_logprobs, rounded
 
 
+def compares(logits: Tensor) -> bool:
+    """Whether :func:`compare` works on these logits."""
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and _has_numba()
+
+
+def compare(student: Tensor, teacher: Tensor, ids: Tensor, agreement_only: bool) -> Tensor:
+    """[n, V] float32 logits (overwritten) and ids [n] -> [6, n] float64 or [1, n].
+
+    Agreement, reverse and forward KL, acceptance, log-probabilities of the ids under student and teacher.
+    """
+    from onpolicy.losses import _fused_kernels as kernels
+
+    out = torch.empty(1 if agreement_only else 6, len(student), dtype=torch.float64)
+    arrays = [x.numpy() for x in (student, teacher, ids, out)]
+
+    def work(first: int, last: int) -> None:
+        kernels.comparisons(agreement_only, first, last, *arrays)
+
+    in_threads(len(student), work)
+    return out
+
+
 def numba_rows(
     code: int, parameter: float, inverse: float, grad: bool, student: Tensor, teacher: Tensor, rounded: Tensor | None,
     ids: Tensor, factors: Tensor, stats: Tensor,

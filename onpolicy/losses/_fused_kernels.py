@@ -348,3 +348,60 @@ def rows(
         stats[0, r] = np.inf if value > _INFINITE else value
         if grad:
             _finish(z, bits[r], factors[r])
+
+
+@_jit
+def _first(x: Any, top: Any) -> int:
+    """Where a row's maximum stands first."""
+    for i in range(x.size):
+        if x[i] == top:
+            return i
+    return -1  # NaN
+
+
+@_jit
+def _overlap(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, shift: Any) -> tuple[float, float, float]:
+    """sum p (lp - lq), sum q (lq - lp) and sum min(p, q)."""
+    reverse, forward, common = 0.0, 0.0, 0.0
+    for start in range(0, Z.size, _BLOCK):
+        block = slice(start, start + _BLOCK)
+        z, t, a, b = Z[block], T[block], A[block], B[block]
+        part_r, part_f, part_c = f32(0.0), f32(0.0), f32(0.0)
+        for i in range(z.size):
+            p, q = a[i] * p1, b[i] * q1
+            gap = z[i] - t[i] - shift
+            part_r += p * gap
+            part_f -= q * gap
+            part_c += p if p < q else q
+        reverse += part_r
+        forward += part_f
+        common += part_c
+    return reverse, forward, common
+
+
+@_jit
+def comparisons(agreement_only: bool, first: int, last: int, student: Any, teacher: Any, ids: Any, out: Any) -> None:
+    """Rows ``first`` to ``last`` of logits [n, V] (overwritten) at temperature 1 -> ``out`` [6, n] float64.
+
+    Same most likely token, KL(student || teacher), KL(teacher || student), sum of min(p, q), and the log-probabilities
+    of ``ids`` [n] under student and teacher; the first alone if ``agreement_only``.
+    """
+    a, b = np.empty(student.shape[1], f32), np.empty(student.shape[1], f32)
+    for r in range(first, last):
+        z, t = student[r], teacher[r]
+        top_z, top_t = _maximum(z), _maximum(t)
+        out[0, r] = 1.0 if _first(z, top_z) == _first(t, top_t) else 0.0
+        if agreement_only:
+            continue
+        _scaled(z, top_z, f32(1.0))
+        _scaled(t, top_t, f32(1.0))
+        ss, st = _exponentials(z, a), _exponentials(t, b)
+        ls, lt = math.log(ss), math.log(st)
+        reverse, forward, common = _overlap(z, t, a, b, f32(1 / ss), f32(1 / st), f32(ls - lt))
+        if ss != ss or st != st:  # a NaN logit
+            reverse = forward = common = np.nan
+        out[1, r] = np.inf if reverse > _INFINITE else reverse
+        out[2, r] = np.inf if forward > _INFINITE else forward
+        out[3, r] = common
+        out[4, r] = -np.inf if z[ids[r]] < -_INFINITE else z[ids[r]] - ls
+        out[5, r] = -np.inf if t[ids[r]] < -_INFINITE else t[ids[r]] - lt

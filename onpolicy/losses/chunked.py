@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onpolicy.losses import _workspace
 from onpolicy.losses._checks import check_mask, check_token_ids, normaliser, required_ids, resolve_options
 from onpolicy.losses._chunk_autograd import ChunkedDivergence, ChunkedLogProbs, Job, slices
 from onpolicy.losses._chunk_kernels import Divergence
@@ -133,6 +134,26 @@ def iter_logprobs(
     teacher_bias: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunk after chunk, in order: student's and teacher's log-probabilities [n, min(V, V_T)], float32, no graph."""
+    for p, q in iter_logits(
+        student_hidden, student_head, teacher_hidden, teacher_head, chunk_size=chunk_size, student_bias=student_bias,
+        teacher_bias=teacher_bias,
+    ):  # fmt: skip
+        with torch.no_grad():
+            p, q = log_probs(p, temperature), log_probs(q, temperature)
+        yield p, q
+
+
+def iter_logits(
+    student_hidden: Tensor,  # [N, D]
+    student_head: Tensor,  # [V, D]
+    teacher_hidden: Tensor,  # [N, D_T]
+    teacher_head: Tensor,  # [V_T, D_T]
+    *,
+    chunk_size: int | None = None,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunk after chunk: both models' logits [n, min(V, V_T)], float32, no graph, which the next chunk overwrites."""
     vocab = _check_shapes(student_hidden, student_head, teacher_hidden, teacher_head)
     student_hidden, teacher_hidden = student_hidden.detach(), teacher_hidden.detach()
     student = Projection(student_hidden, student_head.detach(), _detached(student_bias), vocab)
@@ -141,9 +162,10 @@ def iter_logprobs(
     for part in slices(len(student_hidden), size):
         with torch.no_grad():
             n = part.stop - part.start
-            p = student.logits(student_hidden[part], student_hidden.new_empty(n, vocab, dtype=student.accumulate))
-            q = teacher.logits(teacher_hidden[part], teacher_hidden.new_empty(n, vocab, dtype=teacher.accumulate))
-            p, q = log_probs(p, temperature), log_probs(q, temperature)
+            p, q = (
+                side.logits(hidden[part], _workspace.take(name, (n, vocab), side.accumulate, hidden.device))
+                for name, side, hidden in (("student", student, student_hidden), ("teacher", teacher, teacher_hidden))
+            )
         yield p, q
 
 
