@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from onpolicy.batching import Batch, pack
-from onpolicy.losses import _fused, iter_logits
+from onpolicy.losses import _fused, iter_logits, per_token
 from onpolicy.losses.divergences import log_probs
 from onpolicy.student import Student
 from onpolicy.teachers import Score, Teacher
@@ -116,10 +116,9 @@ def _compare(student: torch.Tensor, teacher: torch.Tensor, ids: torch.Tensor, ag
     if agreement_only:
         return agreement[None]
     q, p = log_probs(student, 1.0), log_probs(teacher, 1.0)
-    mass_q, mass_p, difference = q.exp(), p.exp(), (q - p).nan_to_num_(0.0)  # NaN: both -inf
-    reverse, forward = (mass_q * difference).sum(-1), -(mass_p * difference).sum(-1)
+    kls = (per_token(name, student, teacher) for name in ("reverse_kl", "forward_kl"))
     said = (logs.gather(1, ids[:, None])[:, 0] for logs in (q, p))
-    return torch.stack([x.double() for x in (agreement, reverse, forward, expected_acceptance(mass_p, mass_q), *said)])
+    return torch.stack([x.double() for x in (agreement, *kls, expected_acceptance(p.exp(), q.exp()), *said)])
 
 
 def summarise(sampled: dict[str, float], greedy: dict[str, float], visited_by: str) -> dict[str, float]:

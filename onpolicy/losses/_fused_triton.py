@@ -3,7 +3,8 @@
 A program reads its row of both models' logits three times: maximum and sum of exponentials in one online pass, sums of
 the divergence, gradient. A GPU's programs of a moment read some 50 MB, so the second and third time come from its
 cache. Running maxima and sums stay one a lane until the end of a pass: threads wait for each other once a pass, not
-once a block. Masked and astronomic values are treated as in :mod:`onpolicy.losses._fused_kernels`, whose formulas these are.
+once a block. Masked and astronomic values are treated as in :mod:`onpolicy.losses._fused_kernels`, whose formulas these
+are.
 
 Shape legend: n rows, V vocabulary; z, t one block of student's and teacher's logits, minus their maximum and divided by
 the temperature; p, q their probabilities.
