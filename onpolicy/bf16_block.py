@@ -36,51 +36,6 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-@intrinsic
-def product(
-    typing_context: Any,
-    left: Any,
-    left_at: Any,
-    row_stride: Any,
-    pair_stride: Any,
-    right: Any,
-    right_at: Any,
-    pairs: Any,
-    out: Any,
-    out_at: Any,
-    out_stride: Any,
-) -> Any:
-    """12 rows of 32 float32, ``out_stride`` apart from ``out_at`` on, become left [12, P] times right [P, 32].
-
-    Word (i, k) of the left operand stands at ``left_at + i * row_stride + k * pair_stride``, word (k, j) of the right
-    one at ``right_at + 32 * k + j``. All arrays are contiguous; ``pairs`` is at least 1.
-    """
-    return _signature(left, right, out), _generate(add=False)
-
-
-@intrinsic
-def added_product(
-    typing_context: Any,
-    left: Any,
-    left_at: Any,
-    row_stride: Any,
-    pair_stride: Any,
-    right: Any,
-    right_at: Any,
-    pairs: Any,
-    out: Any,
-    out_at: Any,
-    out_stride: Any,
-) -> Any:
-    """As :func:`product`, added to what is there."""
-    return _signature(left, right, out), _generate(add=True)
-
-
-def _signature(left: Any, right: Any, out: Any) -> Any:
-    i64 = types.int64
-    return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64)
-
-
 def _generate(add: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
@@ -135,6 +90,39 @@ def _generate(add: bool) -> Any:
         return context.get_dummy_value()
 
     return generate
+
+
+def _block(add: bool) -> Any:
+    """The intrinsic that stores its block, or adds it to what is there."""
+
+    def emit(
+        typing_context: Any,
+        left: Any,
+        left_at: Any,
+        row_stride: Any,
+        pair_stride: Any,
+        right: Any,
+        right_at: Any,
+        pairs: Any,
+        out: Any,
+        out_at: Any,
+        out_stride: Any,
+    ) -> Any:
+        i64 = types.int64
+        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(add)
+
+    return intrinsic(emit)
+
+
+product = _block(add=False)
+"""``product(left, left_at, row_stride, pair_stride, right, right_at, pairs, out, out_at, out_stride)``
+
+12 rows of 32 float32, ``out_stride`` apart from ``out_at`` on, become left [12, P] times right [P, 32]. Word (i, k) of
+the left operand stands at ``left_at + i * row_stride + k * pair_stride``, word (k, j) of the right one at
+``right_at + 32 * k + j``. All arrays are contiguous; ``pairs`` is at least 1.
+"""
+added_product = _block(add=True)
+"""As :data:`product`, added to what is there."""
 
 
 @intrinsic

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from onpolicy.checkpoint import atomic_file
+
+if TYPE_CHECKING:
+    import torch
 
 PHASES = ("rollout", "score", "update", "sync")
 
@@ -37,6 +38,8 @@ class PhaseTimer:
 
 def wait_for_gpu() -> None:
     """Until all that a GPU was asked for is done: without it, a time is that of the asking."""
+    import torch
+
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
