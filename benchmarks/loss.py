@@ -92,9 +92,9 @@ def peak_growth_mib(side: Side, loss: str, tokens: int, vocab: int, hidden: int,
     if inputs[0].is_cuda:
         inputs[0].grad = inputs[1].grad = None
         torch.cuda.reset_peak_memory_stats()
-        given = torch.cuda.memory_allocated()
+        given = torch.cuda.memory_allocated() / 2**20
         step(side, loss, inputs)
-        return (torch.cuda.max_memory_allocated() - given) / 2**20
+        return common.device_peak_mib() - given
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest resident size so far
     before = common.rss_mib()
     step(side, loss, inputs)

@@ -1,6 +1,6 @@
 """Causal attention on a CPU, in bounded memory and with its own backward pass.
 
-torch's fused CPU kernel multiplies small tiles one by one, which on CPUs without AMX takes two to three times as long
+torch's fused CPU kernel multiplies small tiles one by one, which takes longer on CPUs without AMX
 (benchmarks/attention.py). Here scores are float32 (bf16 operands, float32 sums), the softmax is float32, and
 probabilities are rounded to the operands' dtype before they meet the values, as in the fused kernel. The forward pass
 is a kernel of our own where the CPU multiplies bf16 values; elsewhere, and in the backward pass, a few sequences at a
