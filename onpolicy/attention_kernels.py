@@ -17,16 +17,17 @@ import numpy as np
 
 from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, product, transpose
 from spec import threads
+from spec.compiled import REPRODUCIBLE
 
 threads.launch()
 
 f32: Any = np.float32
 i32: Any = np.int32
 u32: Any = np.uint32
-_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"reassoc", "contract", "arcp", "nsz"}}
-_inline = numba.njit(inline="always", **_OPTIONS)
-_parallel = numba.njit(parallel=True, **_OPTIONS)
-_jit = numba.njit(**_OPTIONS)
+_MATH = {"reassoc", "contract", "arcp", "nsz"}
+_inline = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
+_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, parallel=True)
+_jit = numba.njit(**REPRODUCIBLE, fastmath=_MATH)
 
 
 @_inline
@@ -166,7 +167,7 @@ def _softmax_row(row, seen, scale, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def attend(first, last, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
+def _attend(first, last, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
     """softmax(scale * query @ key.T, causal) @ value, of the key heads ``first`` to ``last`` of all S * K.
 
     query, key, value: words [S, M, H or K, P]. out: bf16 bits [S, M, H, 2 P]. normalisers: [S, K, R] float32, as of
@@ -218,3 +219,11 @@ def attend(first, last, query, key, value, scale, out, normalisers):  # type: ig
                         result, sums = out[s, start + i, head, panel * WIDTH :], block[i]
                         for j in range(width):
                             result[j] = _narrow(sums[j])
+
+
+@_parallel
+def attend(parts, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
+    """All key heads of all sequences, see :func:`_attend`, on ``parts`` threads."""
+    count = len(query) * key.shape[2]
+    for part in numba.prange(parts):
+        _attend(count * part // parts, count * (part + 1) // parts, query, key, value, scale, out, normalisers)

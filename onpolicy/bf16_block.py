@@ -12,6 +12,7 @@ is emitted here renames it: then the files of the kernels change too.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from llvmlite import ir
@@ -36,7 +37,15 @@ class _BFloat(ir.Type):  # type: ignore[misc]
         return hash(_BFloat)
 
 
-def _generate(add: bool) -> Any:
+def _keep_rolled(branch: Any, module: Any) -> None:
+    """Unrolled, the loop would load operands ahead into registers that the sums take, and spill these."""
+    count = len(module.metadata)
+    loop = module.add_metadata([ir.Constant(ir.IntType(32), count)])  # a loop's metadata begins with itself
+    loop.operands = (loop, module.add_metadata([ir.MetaDataString(module, "llvm.loop.unroll.disable")]))
+    branch.set_metadata("llvm.loop", loop)
+
+
+def _generate(add: bool, stream: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
         sums_type, words_type = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, LANES)
@@ -51,6 +60,15 @@ def _generate(add: bool) -> Any:
         )  # fmt: skip
         rows = [builder.gep(left, [builder.add(left_at, builder.mul(row_stride, i64(i)))]) for i in range(HEIGHT)]
         right = builder.gep(right, [right_at])
+        if add:  # what is added to comes from memory while the products are taken
+            address = ir.IntType(8).as_pointer()
+            fetch = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), (address, i32, i32, i32)), "llvm.prefetch.p0i8"
+            )
+            for i, j in itertools.product(range(HEIGHT), range(WIDTH // LANES)):
+                at = builder.add(builder.add(out_at, builder.mul(out_stride, i64(i))), i64(LANES * j))
+                line = builder.bitcast(builder.gep(out, [at]), address)
+                builder.call(fetch, [line, i32(1), i32(3), i32(1)])  # to write, into all caches, data
         before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("sums")
         builder.branch(loop)
         builder.position_at_end(loop)
@@ -79,21 +97,24 @@ def _generate(add: bool) -> Any:
             for phi, value in zip(phis, values, strict=True):
                 phi.add_incoming(zero, before)
                 phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after)
+        _keep_rolled(builder.cbranch(builder.icmp_signed("<", following, pairs), loop, after), builder.module)
         builder.position_at_end(after)
         for i, values in enumerate(results):
             start = builder.add(out_at, builder.mul(out_stride, i64(i)))
             for j, value in enumerate(values):
                 at = builder.gep(out, [builder.add(start, i64(LANES * j))])
                 place = builder.bitcast(at, sums_type.as_pointer())
-                builder.store(builder.fadd(builder.load(place, align=4), value) if add else value, place, align=4)
+                total = builder.fadd(builder.load(place, align=4), value) if add else value
+                stored = builder.store(total, place, align=64 if stream else 4)
+                if stream:
+                    stored.set_metadata("nontemporal", builder.module.add_metadata([i32(1)]))
         return context.get_dummy_value()
 
     return generate
 
 
-def _block(add: bool) -> Any:
-    """The intrinsic that stores its block, or adds it to what is there."""
+def _block(add: bool = False, stream: bool = False) -> Any:
+    """The intrinsic that stores its block, past the caches if ``stream``, or adds it to what is there."""
 
     def emit(
         typing_context: Any,
@@ -109,12 +130,12 @@ def _block(add: bool) -> Any:
         out_stride: Any,
     ) -> Any:
         i64 = types.int64
-        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(add)
+        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(add, stream)
 
     return intrinsic(emit)
 
 
-product = _block(add=False)
+product = _block()
 """``product(left, left_at, row_stride, pair_stride, right, right_at, pairs, out, out_at, out_stride)``
 
 12 rows of 32 float32, ``out_stride`` apart from ``out_at`` on, become left [12, P] times right [P, 32]. Word (i, k) of
@@ -123,6 +144,9 @@ the left operand stands at ``left_at + i * row_stride + k * pair_stride``, word 
 """
 added_product = _block(add=True)
 """As :data:`product`, added to what is there."""
+streamed_product = _block(stream=True)
+"""As :data:`product`, for results too many to stay in a cache: not read before they are written. ``out_at`` and
+``out_stride`` are multiples of 16, and ``out`` begins at a multiple of 64 bytes."""
 
 
 @intrinsic

@@ -22,7 +22,6 @@ from torch import Tensor
 from onpolicy.losses import _workspace
 from onpolicy.losses._bf16_products import available
 from onpolicy.losses._projection import bf16_products
-from onpolicy.losses._threads import in_threads
 
 _SCORES = 1 << 19  # elements of the scores computed at a time: 2 MiB of float32
 _LONGEST = 512  # positions beyond which torch's backward pass, which skips what no query sees, is faster
@@ -89,12 +88,8 @@ def _by_own_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, out:
     """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M]."""
     from onpolicy import attention_kernels as kernels
 
-    words, results = [_words(states) for states in (query, key, value)], (_bits(out), normalisers.numpy())
-
-    def work(first: int, last: int) -> None:
-        kernels.attend(first, last, *words, np.float32(scale), *results)
-
-    in_threads(len(query) * key.shape[2], work)
+    words = [_words(states) for states in (query, key, value)]
+    kernels.attend(torch.get_num_threads(), *words, np.float32(scale), _bits(out), normalisers.numpy())
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:

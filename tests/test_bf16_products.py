@@ -82,3 +82,18 @@ def test_a_trained_head_gets_its_gradient_from_them(monkeypatch) -> None:
     for total, rounded in zip(totals, (grad, None), strict=True):
         Projection(hidden, head, None, 40).add_grad_head(total, grad.float(), rounded, hidden)
     assert len(calls) == 1 and torch.allclose(*totals, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("shape", [(1, 2, 2), (12, 192, 32), (13, 194, 66), (5, 96, 30), (25, 500, 620)])
+def test_the_hidden_states_gradient(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> None:
+    n, vocab, size = shape
+    grad, head = torch.randn(n, vocab).bfloat16(), torch.randn(vocab, size).to(dtype)
+    left, right = grad.double(), head.bfloat16().double()
+    assert close(_bf16_products.hidden_gradient(grad, head), left @ right, left.abs() @ right.abs())
+
+
+def test_an_odd_vocabularys_gradient_goes_the_other_way() -> None:
+    hidden, head, grad = torch.randn(3, 8).bfloat16(), torch.randn(41, 8), torch.randn(3, 41).bfloat16()
+    found = Projection(hidden, head, None, 41).grad_hidden(grad.float(), grad)
+    assert torch.allclose(found.float(), grad.float() @ head, rtol=2e-2, atol=2e-2)

@@ -8,13 +8,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
 
-from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, added_product, product, transpose
+from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, added_product, product, streamed_product, transpose
+from spec import threads
+
+threads.launch()
 
 STRIPE = 16 * HEIGHT  # rows of the head's gradient whose operand is packed at a time
+DEPTH, GROUP = 192, 9  # rows of the head, and panels of its columns, multiplied at a time for the hidden's gradient
 u32: Any = np.uint32  # Any: numba gives these their types, not the annotations
 _jit = njit(cache=True, nogil=True, error_model="numpy")
+_parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 _inline = njit(cache=True, nogil=True, error_model="numpy", inline="always")
 
 
@@ -60,10 +65,11 @@ def _pack_head(head: Any, start: int, width: int, pairs: int, rounded: Any, pane
 
 
 @_jit
-def logits(first: int, last: int, head: Any, hidden: Any, out: Any) -> None:
+def _logits(first: int, last: int, head: Any, hidden: Any, out: Any, aligned: bool) -> None:
     """Columns 32 first : 32 last of ``out`` [n, V] = hidden @ head.T.
 
-    head: [V, P] pairs of bf16, or [V, 2 P] bits of float32. hidden: from :func:`pack_rows`.
+    head: [V, P] pairs of bf16, or [V, 2 P] bits of float32. hidden: from :func:`pack_rows`. ``aligned``: every row of
+    ``out`` begins at a multiple of 64 bytes.
     """
     rows, vocab = out.shape
     tiles, pairs, _ = hidden.shape
@@ -76,13 +82,78 @@ def logits(first: int, last: int, head: Any, hidden: Any, out: Any) -> None:
         _pack_head(head, start, width, pairs, rounded, panel)
         for tile in range(tiles):
             at, row = tile * pairs * HEIGHT, tile * HEIGHT
-            if width == WIDTH and row + HEIGHT <= rows:
+            if width == WIDTH and row + HEIGHT <= rows and aligned:
+                streamed_product(left, at, 1, HEIGHT, panel, 0, pairs, flat, row * vocab + start, vocab)
+            elif width == WIDTH and row + HEIGHT <= rows:
                 product(left, at, 1, HEIGHT, panel, 0, pairs, flat, row * vocab + start, vocab)
             else:
                 product(left, at, 1, HEIGHT, panel, 0, pairs, block, 0, WIDTH)
                 for i in range(min(HEIGHT, rows - row)):
                     for j in range(width):
                         out[row + i, start + j] = block[i * WIDTH + j]
+
+
+@_parallel
+def logits(parts: int, head: Any, hidden: Any, out: Any, aligned: bool) -> None:
+    """All columns, see :func:`_logits`, on ``parts`` threads."""
+    count = -(-out.shape[1] // WIDTH)
+    for part in prange(parts):
+        _logits(count * part // parts, count * (part + 1) // parts, head, hidden, out, aligned)
+
+
+@_jit
+def _pack_pairs(head: Any, start: int, pairs: int, first: int, panels: Any) -> None:
+    """Rows ``start`` to ``start + 2 pairs``, from column ``first`` on -> ``panels`` [S, P, 32] pairs along the rows."""
+    size, narrow = head.shape[1], head.itemsize == 2
+    line = np.zeros(len(panels) * WIDTH, np.uint32)
+    filled = line[: min(line.size, size - first)]
+    for k in range(pairs):
+        low, high = head[start + 2 * k, first:], head[start + 2 * k + 1, first:]
+        if narrow:
+            for j in range(filled.size):
+                filled[j] = u32(low[j]) | (u32(high[j]) << u32(16))
+        else:
+            for j in range(filled.size):
+                filled[j] = _bf16(u32(low[j])) | (_bf16(u32(high[j])) << u32(16))
+        for panel in range(len(panels)):
+            to, part = panels[panel, k], line[panel * WIDTH :]
+            for j in range(WIDTH):
+                to[j] = part[j]
+
+
+@_jit
+def _hidden_gradient(first: int, last: int, grad: Any, head: Any, total: Any) -> None:
+    """Columns 32 first : 32 last of ``total`` [n filled up to 12, D filled up to 32] += grad @ head.
+
+    grad: words [n, V / 2]. head: bits of bf16 (uint16) or of float32 (uint32) [V, D].
+    """
+    rows, size = len(grad), total.shape[1]
+    tiles, depth = len(total) // HEIGHT, DEPTH // 2
+    flat = total.reshape(-1)
+    # Rows of a gradient stand pages apart, where they would share the same few lines of the cache.
+    left, panels = np.zeros((len(total), depth + LANES), np.uint32), np.zeros((last - first, depth, WIDTH), np.uint32)
+    words, right, stride = left.reshape(-1), panels.reshape(-1), left.shape[1]
+    for start in range(0, grad.shape[1], depth):
+        pairs = min(depth, grad.shape[1] - start)
+        _pack_pairs(head, 2 * start, pairs, first * WIDTH, panels)
+        for i in range(rows):
+            to, row = left[i], grad[i, start:]
+            for k in range(pairs):
+                to[k] = row[k]
+        for panel in range(len(panels)):
+            for tile in range(tiles):
+                at, out = tile * HEIGHT * stride, tile * HEIGHT * size + (first + panel) * WIDTH
+                added_product(words, at, stride, 1, right, panel * depth * WIDTH, pairs, flat, out, size)
+
+
+@_parallel
+def hidden_gradient(parts: int, grad: Any, head: Any, total: Any) -> None:
+    """All columns, see :func:`_hidden_gradient`, on ``parts`` threads; as many at a time as stay in a core's cache."""
+    count = total.shape[1] // WIDTH
+    for part in prange(parts):
+        start, stop = count * part // parts, count * (part + 1) // parts
+        for first in range(start, stop, GROUP):
+            _hidden_gradient(first, min(stop, first + GROUP), grad, head, total)
 
 
 @_jit
@@ -99,7 +170,7 @@ def pack_tokens(hidden: Any, panels: Any) -> None:
 
 
 @_jit
-def head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> None:
+def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> None:
     """Rows STRIPE first : STRIPE last of ``total`` [V, D] float32 += grad.T [V, n] @ hidden [n, D].
 
     grad: bf16 bits [n, V]. hidden: from :func:`pack_tokens`.
@@ -127,3 +198,11 @@ def head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> 
                     for y in range(min(HEIGHT, width - i)):
                         for x in range(min(WIDTH, size - panel * WIDTH)):
                             total[start + i + y, panel * WIDTH + x] += block[y * WIDTH + x]
+
+
+@_parallel
+def head_gradient(parts: int, grad: Any, hidden: Any, total: Any) -> None:
+    """All rows, see :func:`_head_gradient`, on ``parts`` threads."""
+    count = -(-grad.shape[1] // STRIPE)
+    for part in prange(parts):
+        _head_gradient(count * part // parts, count * (part + 1) // parts, grad, hidden, total)

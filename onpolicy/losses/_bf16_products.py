@@ -17,8 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onpolicy.losses._threads import in_threads
-
 
 @lru_cache
 def available() -> bool:
@@ -36,18 +34,25 @@ def supports(head: Tensor) -> bool:
 
 def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """``out`` [n, V] float32 = hidden [n, D] bf16 @ head.T [D, V], a float32 head rounded to bf16. All contiguous."""
-    from onpolicy.bf16_block import HEIGHT, WIDTH
+    from onpolicy.bf16_block import HEIGHT
     from onpolicy.losses import _bf16_kernels as kernels
 
     pairs = hidden.shape[1] // 2
     packed = np.empty((-(-len(hidden) // HEIGHT), pairs, HEIGHT), np.uint32)
     kernels.pack_rows(_words(hidden), packed)
-    words, result = _words(head), out.numpy()
+    aligned = out.data_ptr() % 64 == 0 and out.shape[1] % 16 == 0
+    kernels.logits(torch.get_num_threads(), _words(head), packed, out.numpy(), aligned)
 
-    def work(first: int, last: int) -> None:
-        kernels.logits(first, last, words, packed, result)
 
-    in_threads(-(-len(head) // WIDTH), work)
+def hidden_gradient(grad: Tensor, head: Tensor) -> Tensor:
+    """[n, D] float32 = grad @ head, grad [n, V] bf16, a float32 head [V, D] rounded to bf16, V even. All contiguous."""
+    from onpolicy.bf16_block import HEIGHT, WIDTH
+    from onpolicy.losses import _bf16_kernels as kernels
+
+    rows, size = len(grad), head.shape[1]
+    total = np.zeros((-(-rows // HEIGHT) * HEIGHT, -(-size // WIDTH) * WIDTH), np.float32)
+    kernels.hidden_gradient(torch.get_num_threads(), _words(grad), _bits(head), total)
+    return torch.from_numpy(total)[:rows, :size]
 
 
 def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
@@ -58,17 +63,13 @@ def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     bits, size = _bits(grad), hidden.shape[1]
     packed = np.empty((-(-size // WIDTH), -(-len(hidden) // 2), WIDTH), np.uint32)
     kernels.pack_tokens(_bits(hidden), packed)
-    sums = total.numpy()
-
-    def work(first: int, last: int) -> None:
-        kernels.head_gradient(first, last, bits, packed, sums)
-
-    in_threads(-(-grad.shape[1] // kernels.STRIPE), work)
+    kernels.head_gradient(torch.get_num_threads(), bits, packed, total.numpy())
 
 
 def _bits(matrix: Tensor) -> np.ndarray:
-    """Of a bf16 matrix, [rows, columns] uint16."""
-    return matrix.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
+    """Of a bf16 matrix, [rows, columns] uint16; of a float32 one, uint32."""
+    signed, unsigned = (torch.int16, np.uint16) if matrix.dtype == torch.bfloat16 else (torch.int32, np.uint32)
+    return matrix.detach().contiguous().view(signed).numpy().view(unsigned)
 
 
 def _words(matrix: Tensor) -> np.ndarray:

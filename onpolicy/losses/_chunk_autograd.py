@@ -148,7 +148,6 @@ class _Gradients:
     ) -> None:
         accumulate = projection.accumulate
         self.projection = projection
-        self.operand = projection.operand() if needs[0] else None
         self.hidden = torch.zeros_like(hidden) if needs[0] else None
         self.sunk = needs[1] and head_grad is not None  # the head's gradient goes elsewhere, not through autograd
         self.head = None
@@ -162,8 +161,8 @@ class _Gradients:
 
     def add(self, where: slice | Tensor, hidden: Tensor, grad: Tensor, rounded: Tensor | None) -> None:
         """Fold in one chunk: hidden [n, D], gradient by its logits [n, V]."""
-        if self.hidden is not None and self.operand is not None:
-            self.hidden[where] = self.projection.grad_hidden(grad, rounded, self.operand).to(self.hidden.dtype)
+        if self.hidden is not None:
+            self.hidden[where] = self.projection.grad_hidden(grad, rounded).to(self.hidden.dtype)
         if self.head is not None:
             self.projection.add_grad_head(self.head[: grad.shape[1]], grad, rounded, hidden)
         if self.bias is not None:

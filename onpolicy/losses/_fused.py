@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from onpolicy.losses import _scores
-from onpolicy.losses._threads import in_threads
 from onpolicy.losses.divergences import log_probs
 
 Compute = Callable[..., None]  # as onpolicy.losses._fused_triton.rows
@@ -133,11 +132,7 @@ def compare(student: Tensor, teacher: Tensor, ids: Tensor, agreement_only: bool)
 
     out = torch.empty(1 if agreement_only else 6, len(student), dtype=torch.float64)
     arrays = [x.numpy() for x in (student, teacher, ids, out)]
-
-    def work(first: int, last: int) -> None:
-        kernels.comparisons(agreement_only, first, last, *arrays)
-
-    in_threads(len(student), work)
+    kernels.comparisons(torch.get_num_threads(), agreement_only, *arrays)
     return out
 
 
@@ -150,11 +145,7 @@ def numba_rows(
 
     bits = torch.empty(len(student), 0, dtype=torch.int16) if rounded is None else rounded.view(torch.int16)
     arrays = [x.numpy() for x in (student, teacher, bits, ids, factors, stats)]
-
-    def work(first: int, last: int) -> None:
-        kernels.rows(code, parameter, inverse, grad, first, last, *arrays)
-
-    in_threads(len(student), work)
+    kernels.rows(torch.get_num_threads(), code, parameter, inverse, grad, *arrays)
 
 
 def triton_rows(*arguments: Any) -> None:

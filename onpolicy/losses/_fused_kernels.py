@@ -17,7 +17,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
+from numba import njit, prange
+
+from spec import threads
+from spec.compiled import REPRODUCIBLE
+
+threads.launch()
 
 f32: Any = np.float32  # Any: numba gives these their types, not the annotations
 i32: Any = np.int32
@@ -27,8 +32,9 @@ _INFINITE = 1e30  # no divergence of finite logits is as large
 _TINY = f32(1.2e-38)
 # No "ninf" or "nnan": masked logits are infinite, and NaN has to reach the caller.
 _MATH = {"reassoc", "contract", "arcp", "nsz"}
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH)
+_jit = njit(**REPRODUCIBLE, fastmath=_MATH)
 _inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
+_parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 
 @_inline
@@ -317,7 +323,7 @@ def _row(code: int, parameter: float, z: Any, t: Any, a: Any, b: Any, ss: float,
 
 
 @_jit
-def rows(
+def _rows(
     code: int,
     parameter: float,
     inverse: float,  # 1 / temperature
@@ -350,6 +356,18 @@ def rows(
             _finish(z, bits[r], factors[r])
 
 
+@_parallel
+def rows(
+    parts: int, code: int, parameter: float, inverse: float, grad: bool, student: Any, teacher: Any, bits: Any,
+    ids: Any, factors: Any, stats: Any,
+) -> None:  # fmt: skip
+    """All rows, see :func:`_rows`, on ``parts`` threads."""
+    count = len(student)
+    for part in prange(parts):
+        first, last = count * part // parts, count * (part + 1) // parts
+        _rows(code, parameter, inverse, grad, first, last, student, teacher, bits, ids, factors, stats)
+
+
 @_jit
 def _first(x: Any, top: Any) -> int:
     """Where a row's maximum stands first."""
@@ -380,7 +398,7 @@ def _overlap(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, shift: Any) -> tu
 
 
 @_jit
-def comparisons(agreement_only: bool, first: int, last: int, student: Any, teacher: Any, ids: Any, out: Any) -> None:
+def _comparisons(agreement_only: bool, first: int, last: int, student: Any, teacher: Any, ids: Any, out: Any) -> None:
     """Rows ``first`` to ``last`` of logits [n, V] (overwritten) at temperature 1 -> ``out`` [6, n] float64.
 
     Same most likely token, KL(student || teacher), KL(teacher || student), sum of min(p, q), and the log-probabilities
@@ -405,3 +423,11 @@ def comparisons(agreement_only: bool, first: int, last: int, student: Any, teach
         out[3, r] = common
         out[4, r] = -np.inf if z[ids[r]] < -_INFINITE else z[ids[r]] - ls
         out[5, r] = -np.inf if t[ids[r]] < -_INFINITE else t[ids[r]] - lt
+
+
+@_parallel
+def comparisons(parts: int, agreement_only: bool, student: Any, teacher: Any, ids: Any, out: Any) -> None:
+    """All rows, see :func:`_comparisons`, on ``parts`` threads."""
+    count = len(student)
+    for part in prange(parts):
+        _comparisons(agreement_only, count * part // parts, count * (part + 1) // parts, student, teacher, ids, out)

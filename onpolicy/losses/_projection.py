@@ -34,6 +34,7 @@ class Projection:
         self._widened = hidden.device.type == "cpu" and self.low_precision
         self._own_products = self._widened and self.dtype == torch.bfloat16 and _bf16_products.available()
         self._own_logits = self._own_products and _bf16_products.supports(self.head)
+        self._converted: Tensor | None = None
 
     @property
     def low_precision(self) -> bool:
@@ -55,16 +56,11 @@ class Projection:
             torch.mm(hidden, self.head.to(self.dtype).t(), out=out)
         return out if self.bias is None else out.add_(self.bias)
 
-    def operand(self) -> Tensor:
-        """The head in the dtype of the products, for a run of :meth:`grad_hidden`; the next one may overwrite it."""
-        if self.head.dtype == self.dtype:
-            return self.head
-        shape = (self.head.shape[0], self.head.shape[1])
-        return _workspace.take("head", shape, self.dtype, self.head.device).copy_(self.head)
-
-    def grad_hidden(self, grad: Tensor, rounded: Tensor | None, operand: Tensor) -> Tensor:
+    def grad_hidden(self, grad: Tensor, rounded: Tensor | None) -> Tensor:
         """Gradient by the logits [n, V] (and its 16-bit copy, if there is one) -> [n, D]."""
-        return (grad.to(self.dtype) if rounded is None else rounded) @ operand
+        if self._own_logits and rounded is not None and rounded.is_contiguous() and rounded.shape[1] % 2 == 0:
+            return _bf16_products.hidden_gradient(rounded, self.head)
+        return (grad.to(self.dtype) if rounded is None else rounded) @ self._operand()
 
     def add_grad_head(self, total: Tensor, grad: Tensor, rounded: Tensor | None, hidden: Tensor) -> None:
         """total [V, D] += grad.T [V, n] @ hidden [n, D], accumulated in float32 (float64); ``rounded`` as above."""
@@ -77,6 +73,16 @@ class Projection:
         else:
             with bf16_products(self.dtype):
                 total.addmm_(grad.t(), hidden.to(total.dtype))
+
+    def _operand(self) -> Tensor:
+        """The head in the dtype of the products, made once; another projection's overwrites it."""
+        if self._converted is None:
+            shape = (self.head.shape[0], self.head.shape[1])
+            same = self.head.dtype == self.dtype
+            self._converted = (
+                self.head if same else _workspace.take("head", shape, self.dtype, self.head.device).copy_(self.head)
+            )
+        return self._converted
 
     def _widened_logits(self, hidden: Tensor, out: Tensor) -> None:
         with bf16_products(self.dtype):

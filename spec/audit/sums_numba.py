@@ -6,6 +6,7 @@ import numba
 import numpy as np
 
 from spec import threads
+from spec.compiled import REPRODUCIBLE
 from spec.sampling_numba import largest
 
 threads.launch()
@@ -14,7 +15,7 @@ _CHUNK = 1024  # probabilities summed in their own precision before float64 take
 
 
 _REORDERED = {"reassoc", "nsz", "nnan"}  # lets sums vectorise; the order of tokens may be infinite
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_REORDERED)
+_jit = numba.njit(**REPRODUCIBLE, fastmath=_REORDERED)
 _jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_REORDERED, parallel=True)
 
 

@@ -20,6 +20,7 @@ import numba
 import numpy as np
 
 from spec import threads
+from spec.compiled import REPRODUCIBLE
 
 threads.launch()
 
@@ -29,7 +30,7 @@ u32: Any = np.uint32
 BLOCK = 16  # positions of a block of keys
 ROWS = 16  # of one sequence, that share the conversion of a block of keys or values
 _MATH = {"contract", "nsz", "arcp"}  # no "reassoc": sums keep their order
-_jit = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH)
+_jit = numba.njit(**REPRODUCIBLE, fastmath=_MATH)
 _jit_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, parallel=True)
 _inline = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from spec.compiled import REPRODUCIBLE
+
 _jit = numba.njit(cache=True, nogil=True)
-_sum = numba.njit(cache=True, nogil=True, fastmath={"reassoc", "nsz"}, error_model="numpy")  # lets float sums vectorise
+_sum = numba.njit(**REPRODUCIBLE, fastmath={"reassoc", "nsz"})  # lets float sums vectorise
 _CHUNK = 512
 
 
