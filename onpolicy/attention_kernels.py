@@ -16,42 +16,15 @@ import numba
 import numpy as np
 
 from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, product, transpose
+from onpolicy.kernel_math import MATH, exp, f32, i32, to_bf16
 from spec import threads
 from spec.compiled import REPRODUCIBLE
 
 threads.launch()
 
-f32: Any = np.float32
-i32: Any = np.int32
 u32: Any = np.uint32
-_MATH = {"reassoc", "contract", "arcp", "nsz"}
-_inline = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
-_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, parallel=True)
-_jit = numba.njit(**REPRODUCIBLE, fastmath=_MATH)
-
-
-@_inline
-def _narrow(x: Any) -> Any:
-    """float32 -> bf16 bits, to nearest, ties to even; finite values only."""
-    bits = f32(x).view(i32)
-    return np.int16((bits + i32(0x7FFF) + ((bits >> i32(16)) & i32(1))) >> i32(16))
-
-
-@_inline
-def _exp(x: Any) -> Any:
-    """exp for x <= 0 (and a rounding above), relative error about 1e-7 (Cephes' polynomial); 0 below -87."""
-    y = x if not x < f32(-87.0) else f32(-87.0)
-    n = np.floor(y * f32(1.44269504) + f32(0.5))
-    r = y - n * f32(0.693359375) + n * f32(2.12194440e-4)
-    s = f32(1.9875691500e-4)
-    s = s * r + f32(1.3981999507e-3)
-    s = s * r + f32(8.3334519073e-3)
-    s = s * r + f32(4.1665795894e-2)
-    s = s * r + f32(1.6666665459e-1)
-    s = s * r + f32(5.0000001201e-1)
-    s = s * r * r + r + f32(1.0)
-    power = i32((i32(n) + i32(127)) << i32(23)).view(f32)
-    return f32(0.0) if x < f32(-87.0) else s * power
+_parallel = numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=MATH, parallel=True)
+_jit = numba.njit(**REPRODUCIBLE, fastmath=MATH)
 
 
 @_parallel
@@ -70,12 +43,12 @@ def softmax(scores, scale, probs, normalisers):  # type: ignore[no-untyped-def]
             top = max(top, row[j])
         total = f32(0.0)
         for j in range(row.size):
-            e = _exp(scale * (row[j] - top))
+            e = exp(scale * (row[j] - top))
             row[j] = e
             total += e
         inverse = f32(1.0) / total
         for j in range(row.size):
-            out[j] = _narrow(row[j] * inverse)
+            out[j] = to_bf16(row[j] * inverse)
         for j in range(rest.size):
             rest[j] = 0
         normalisers[b, r] = scale * top + np.log(total)
@@ -96,9 +69,9 @@ def gradient(scores, normalisers, d_probs, inner, scale, probs, d_scores):  # ty
         out, slope = probs[b, r, :seen], d_scores[b, r, :seen]
         normaliser, mean = normalisers[b, r], inner[b, r]
         for j in range(row.size):
-            p = _exp(scale * row[j] - normaliser)
-            out[j] = _narrow(p)
-            slope[j] = _narrow(p * (change[j] - mean) * scale)
+            p = exp(scale * row[j] - normaliser)
+            out[j] = to_bf16(p)
+            slope[j] = to_bf16(p * (change[j] - mean) * scale)
         rest, flat = probs[b, r, seen:], d_scores[b, r, seen:]
         for j in range(rest.size):
             rest[j] = 0
@@ -120,7 +93,7 @@ def _pack_keys(key, keys):  # type: ignore[no-untyped-def]
         words, whole = square.reshape(-1), pairs // LANES * LANES
         for k in range(0, whole, LANES):
             for half in range(0, WIDTH, LANES):
-                transpose(words, half * pairs + k, pairs, flat, (panel * pairs + k) * WIDTH + half)
+                transpose(words, half * pairs + k, pairs, flat, (panel * pairs + k) * WIDTH + half, WIDTH)
         for k in range(whole, pairs):
             for j in range(WIDTH):
                 keys[panel, k, j] = square[j, k]
@@ -157,12 +130,12 @@ def _softmax_row(row, seen, scale, out):  # type: ignore[no-untyped-def]
     highest = i32(top ^ ((top >> i32(31)) & i32(0x7FFFFFFF))).view(f32)
     total = f32(0.0)
     for j in range(row.size):
-        e = _exp(scale * (row[j] - highest))
+        e = exp(scale * (row[j] - highest))
         row[j] = e
         total += e
     inverse = f32(1.0) / total
     for j in range(row.size):
-        out[j] = _narrow(row[j] * inverse)
+        out[j] = to_bf16(row[j] * inverse)
     return scale * highest + np.log(total)
 
 
@@ -218,7 +191,7 @@ def _attend(first, last, query, key, value, scale, out, normalisers):  # type: i
                     for i in range(rows):
                         result, sums = out[s, start + i, head, panel * WIDTH :], block[i]
                         for j in range(width):
-                            result[j] = _narrow(sums[j])
+                            result[j] = to_bf16(sums[j])
 
 
 @_parallel

@@ -21,6 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 HEIGHT, WIDTH = 12, 32
+FLAT, BROAD = 8, 48  # the same number of sums, for few rows
 LANES = 16
 
 
@@ -45,7 +46,7 @@ def _keep_rolled(branch: Any, module: Any) -> None:
     branch.set_metadata("llvm.loop", loop)
 
 
-def _generate(add: bool, stream: bool) -> Any:
+def _generate(height: int, width: int, add: bool, stream: bool, fetch: bool) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
         sums_type, words_type = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, LANES)
@@ -53,35 +54,38 @@ def _generate(add: bool, stream: bool) -> Any:
         left, right, out = (
             cgutils.create_struct_proxy(signature.args[i])(context, builder, value=arguments[i]).data for i in (0, 4, 7)
         )
-        _, left_at, row_stride, pair_stride, _, right_at, pairs, _, out_at, out_stride = arguments
+        _, left_at, row_stride, pair_stride, _, right_at, pairs, _, out_at, out_stride, *ahead = arguments
         dot = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(sums_type, (sums_type, halves_type, halves_type)),
             "llvm.x86.avx512bf16.dpbf16ps.512",
         )  # fmt: skip
-        rows = [builder.gep(left, [builder.add(left_at, builder.mul(row_stride, i64(i)))]) for i in range(HEIGHT)]
-        right = builder.gep(right, [right_at])
+        rows = [builder.gep(left, [builder.add(left_at, builder.mul(row_stride, i64(i)))]) for i in range(height)]
+        whole, right = right, builder.gep(right, [right_at])
+        address = ir.IntType(8).as_pointer()
+        prefetch = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), (address, i32, i32, i32)), "llvm.prefetch.p0i8"
+        )
         if add:  # what is added to comes from memory while the products are taken
-            address = ir.IntType(8).as_pointer()
-            fetch = cgutils.get_or_insert_function(
-                builder.module, ir.FunctionType(ir.VoidType(), (address, i32, i32, i32)), "llvm.prefetch.p0i8"
-            )
-            for i, j in itertools.product(range(HEIGHT), range(WIDTH // LANES)):
+            for i, j in itertools.product(range(height), range(width // LANES)):
                 at = builder.add(builder.add(out_at, builder.mul(out_stride, i64(i))), i64(LANES * j))
                 line = builder.bitcast(builder.gep(out, [at]), address)
-                builder.call(fetch, [line, i32(1), i32(3), i32(1)])  # to write, into all caches, data
+                builder.call(prefetch, [line, i32(1), i32(3), i32(1)])  # to write, into all caches, data
         before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("sums")
         builder.branch(loop)
         builder.position_at_end(loop)
         step = builder.phi(i64)
-        sums = [[builder.phi(sums_type) for _ in range(WIDTH // LANES)] for _ in range(HEIGHT)]
-        base = builder.gep(right, [builder.mul(step, i64(WIDTH))])
+        sums = [[builder.phi(sums_type) for _ in range(width // LANES)] for _ in range(height)]
+        base = builder.gep(right, [builder.mul(step, i64(width))])
         columns = [
             builder.load(builder.bitcast(builder.gep(base, [i64(LANES * j)]), halves_type.as_pointer()), align=4)
-            for j in range(WIDTH // LANES)
+            for j in range(width // LANES)
         ]
+        if fetch:
+            line = builder.gep(whole, [builder.add(ahead[0], builder.mul(step, ahead[1]))])
+            builder.call(prefetch, [builder.bitcast(line, address), i32(0), i32(2), i32(1)])  # to read, from L2 on
         offset = builder.mul(step, pair_stride)
         results = []
-        for i in range(HEIGHT):
+        for i in range(height):
             word = builder.load(builder.gep(rows[i], [offset]))
             single = builder.insert_element(words_type(ir.Undefined), word, i32(0))
             same = ir.Constant(words_type, [0] * LANES)
@@ -113,7 +117,7 @@ def _generate(add: bool, stream: bool) -> Any:
     return generate
 
 
-def _block(add: bool = False, stream: bool = False) -> Any:
+def _block(height: int = HEIGHT, width: int = WIDTH, add: bool = False, stream: bool = False) -> Any:
     """The intrinsic that stores its block, past the caches if ``stream``, or adds it to what is there."""
 
     def emit(
@@ -130,9 +134,36 @@ def _block(add: bool = False, stream: bool = False) -> Any:
         out_stride: Any,
     ) -> Any:
         i64 = types.int64
-        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(add, stream)
+        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(
+            height, width, add, stream, False
+        )
 
     return intrinsic(emit)
+
+
+@intrinsic
+def flat_product(
+    typing_context: Any,
+    left: Any,
+    left_at: Any,
+    row_stride: Any,
+    pair_stride: Any,
+    right: Any,
+    right_at: Any,
+    pairs: Any,
+    out: Any,
+    out_at: Any,
+    out_stride: Any,
+    ahead: Any,
+    ahead_stride: Any,
+) -> Any:
+    """As :data:`product`, of ``FLAT`` rows by ``BROAD`` columns, for a right operand that comes from memory.
+
+    Every step of the sum fetches the word of ``right`` at ``ahead``, and the next one ``ahead_stride`` words further.
+    """
+    i64 = types.int64
+    signature = types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64, i64, i64)
+    return signature, _generate(FLAT, BROAD, False, False, True)
 
 
 product = _block()
@@ -150,8 +181,10 @@ streamed_product = _block(stream=True)
 
 
 @intrinsic
-def transpose(typing_context: Any, source: Any, source_at: Any, stride: Any, to: Any, to_at: Any) -> Any:
-    """16 rows of 16 words, ``stride`` apart from ``source_at`` on, become the columns of 16 rows ``WIDTH`` apart."""
+def transpose(
+    typing_context: Any, source: Any, source_at: Any, stride: Any, to: Any, to_at: Any, to_stride: Any
+) -> Any:
+    """16 rows of 16 words, ``stride`` apart from ``source_at``, become the columns of 16 rows ``to_stride`` apart."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64 = ir.IntType(64)
@@ -176,7 +209,7 @@ def transpose(typing_context: Any, source: Any, source_at: Any, stride: Any, to:
                     builder.shuffle_vector(upper, lower, ir.Constant(words_type, mask)) for mask in masks
                 )
         for i, words in enumerate(rows):
-            builder.store(words, row(to, arguments[4], i64(WIDTH), i), align=4)
+            builder.store(words, row(to, arguments[4], arguments[5], i), align=4)
         return context.get_dummy_value()
 
-    return types.void(source, types.int64, types.int64, to, types.int64), generate
+    return types.void(source, types.int64, types.int64, to, types.int64, types.int64), generate

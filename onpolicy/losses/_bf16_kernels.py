@@ -58,7 +58,7 @@ def _pack_head(head: Any, start: int, width: int, pairs: int, rounded: Any, pane
     for square in range(squares):
         for half in range(WIDTH // LANES):
             at = first + half * LANES * pairs + square * LANES
-            transpose(source, at, pairs, panel, square * LANES * WIDTH + half * LANES)
+            transpose(source, at, pairs, panel, square * LANES * WIDTH + half * LANES, WIDTH)
     for j in range(width):
         for k in range(squares * LANES, pairs):
             panel[k * WIDTH + j] = source[first + j * pairs + k]

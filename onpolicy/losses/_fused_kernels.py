@@ -19,72 +19,19 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
+from onpolicy.kernel_math import MATH, exp, f32, i32, log, maximum
 from spec import threads
 from spec.compiled import REPRODUCIBLE
 
 threads.launch()
 
-f32: Any = np.float32  # Any: numba gives these their types, not the annotations
-i32: Any = np.int32
 _BLOCK = 2048
 _LOWEST = f32(-3e38)
 _INFINITE = 1e30  # no divergence of finite logits is as large
 _TINY = f32(1.2e-38)
-# No "ninf" or "nnan": masked logits are infinite, and NaN has to reach the caller.
-_MATH = {"reassoc", "contract", "arcp", "nsz"}
-_jit = njit(**REPRODUCIBLE, fastmath=_MATH)
-_inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=_MATH, inline="always")
+_jit = njit(**REPRODUCIBLE, fastmath=MATH)
+_inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=MATH, inline="always")
 _parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
-
-
-@_inline
-def _exp(x: Any) -> Any:
-    """exp for x <= 0, relative error about 1e-7 (Cephes' polynomial); 0 below -87."""
-    y = x if not x < f32(-87.0) else f32(-87.0)
-    n = np.floor(y * f32(1.44269504) + f32(0.5))
-    r = y - n * f32(0.693359375) + n * f32(2.12194440e-4)
-    s = f32(1.9875691500e-4)
-    s = s * r + f32(1.3981999507e-3)
-    s = s * r + f32(8.3334519073e-3)
-    s = s * r + f32(4.1665795894e-2)
-    s = s * r + f32(1.6666665459e-1)
-    s = s * r + f32(5.0000001201e-1)
-    s = s * r * r + r + f32(1.0)
-    power = i32((i32(n) + i32(127)) << i32(23)).view(f32)
-    return f32(0.0) if x < f32(-87.0) else s * power
-
-
-@_inline
-def _log(x: Any) -> Any:
-    """log for normal x > 0, relative error about 1e-7 (Cephes' polynomial)."""
-    bits = f32(x).view(i32)
-    # Mantissa in [sqrt(1/2), sqrt(2)): shifting the exponent's border there keeps log(x) exact near x = 1.
-    shifted = bits - i32(0x3F3504F3)
-    e = f32(shifted >> i32(23))
-    r = i32((shifted & i32(0x007FFFFF)) + i32(0x3F3504F3)).view(f32) - f32(1.0)
-    s = f32(7.0376836292e-2)
-    s = s * r + f32(-1.1514610310e-1)
-    s = s * r + f32(1.1676998740e-1)
-    s = s * r + f32(-1.2420140846e-1)
-    s = s * r + f32(1.4249322787e-1)
-    s = s * r + f32(-1.6668057665e-1)
-    s = s * r + f32(2.0000714765e-1)
-    s = s * r + f32(-2.4999993993e-1)
-    s = s * r + f32(3.3333331174e-1)
-    square = r * r
-    return r + (s * r * square - f32(2.12194440e-4) * e - f32(0.5) * square) + f32(0.693359375) * e
-
-
-@_jit
-def _maximum(x: Any) -> Any:
-    """Row maximum, NaN if there is one. Taken over integers ordered like the floats, which vectorises without flags."""
-    words = x.view(i32)
-    top = i32(-(2**31) + 1)
-    for i in range(words.size):
-        w = words[i]
-        w = w ^ ((w >> i32(31)) & i32(0x7FFFFFFF))
-        top = max(top, w)
-    return i32(top ^ ((top >> i32(31)) & i32(0x7FFFFFFF))).view(f32)
 
 
 @_jit
@@ -104,7 +51,7 @@ def _exponentials(X: Any, OUT: Any) -> float:
         x, out = X[block], OUT[block]
         part = f32(0.0)
         for i in range(x.size):
-            e = _exp(x[i])
+            e = exp(x[i])
             out[i] = e
             part += e
         total += part
@@ -171,7 +118,7 @@ def _jsd(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, ls: Any, lt: Any, bet
         for i in range(z.size):
             p, q = a[i] * p1, b[i] * q1
             m = beta * q + rest * p
-            lm = _log(m if not m < _TINY else _TINY)
+            lm = log(m if not m < _TINY else _TINY)
             part_t += q * (t[i] - lt - lm)
             r = z[i] - ls - lm
             part_s += p * r
@@ -214,7 +161,7 @@ def _skew_forward(Z: Any, T: Any, A: Any, B: Any, p1: Any, q1: Any, lt: Any, ske
             p, q = a[i] * p1, b[i] * q1
             m = skew * q + rest * p
             m = m if not m < _TINY else _TINY
-            part += q * (t[i] - lt - _log(m))
+            part += q * (t[i] - lt - log(m))
             g = -rest * q / m
             part_s += p * g
             z[i] = g
@@ -236,7 +183,7 @@ def _skew_reverse(Z: Any, A: Any, B: Any, p1: Any, q1: Any, ls: Any, skew: Any) 
             p, q = a[i] * p1, b[i] * q1
             m = skew * p + rest * q
             m = m if not m < _TINY else _TINY
-            gap = z[i] - ls - _log(m)
+            gap = z[i] - ls - log(m)
             part += p * gap
             g = gap + f32(1.0) - skew * p / m
             part_s += p * g
@@ -341,8 +288,8 @@ def _rows(
     a, b = np.empty(student.shape[1], f32), np.empty(student.shape[1], f32)
     for r in range(first, last):
         z, t = student[r], teacher[r]
-        _scaled(z, _maximum(z), f32(inverse))
-        _scaled(t, _maximum(t), f32(inverse))
+        _scaled(z, maximum(z), f32(inverse))
+        _scaled(t, maximum(t), f32(inverse))
         ss, st = _exponentials(z, a), _exponentials(t, b)
         stats[1, r] = math.log(ss) - _weighted(a, z) / ss
         if ids[r] >= 0:
@@ -407,7 +354,7 @@ def _comparisons(agreement_only: bool, first: int, last: int, student: Any, teac
     a, b = np.empty(student.shape[1], f32), np.empty(student.shape[1], f32)
     for r in range(first, last):
         z, t = student[r], teacher[r]
-        top_z, top_t = _maximum(z), _maximum(t)
+        top_z, top_t = maximum(z), maximum(t)
         out[0, r] = 1.0 if _first(z, top_z) == _first(t, top_t) else 0.0
         if agreement_only:
             continue

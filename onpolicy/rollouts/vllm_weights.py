@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from onpolicy.packed_linear import PackedLinear, supports
+
 
 def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], repair_tied_head: bool = True) -> None:
     """Replace the weights of a vLLM model runner by ``weights`` (checkpoint names), and pack a tied head anew.
@@ -37,10 +39,18 @@ def _drop_packed_head(model: torch.nn.Module) -> None:
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack the head's matrix anew on a CPU; does nothing where the head multiplies by its weight itself."""
+    """Pack the head's matrix anew on a CPU; does nothing where the head multiplies by its weight itself.
+
+    Where :class:`~onpolicy.packed_linear.PackedLinear` can be had, logits then are float32: vLLM's own are rounded to
+    bf16, which moves log-probs by hundredths of a nat.
+    """
     head = getattr(model, "lm_head", None)
     # ``cpu_linear`` is the closure over the packed copy: without it there is no copy that could be stale.
     if head is None or not hasattr(head, "cpu_linear") or head.weight.numel() == 0:
+        return
+    if supports(head.weight):
+        product = PackedLinear(head.weight, dtype=torch.float32)
+        head.cpu_linear = lambda x, weight, bias: product(x) if bias is None else product(x) + bias
         return
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
