@@ -46,7 +46,9 @@ def _keep_rolled(branch: Any, module: Any) -> None:
     branch.set_metadata("llvm.loop", loop)
 
 
-def _generate(height: int, width: int, add: bool, stream: bool, fetch: bool) -> Any:
+def _generate(
+    height: int, width: int, add: bool = False, stream: bool = False, fetch: bool = False, narrow: bool = False
+) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
         sums_type, words_type = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(i32, LANES)
@@ -70,6 +72,10 @@ def _generate(height: int, width: int, add: bool, stream: bool, fetch: bool) -> 
                 at = builder.add(builder.add(out_at, builder.mul(out_stride, i64(i))), i64(LANES * j))
                 line = builder.bitcast(builder.gep(out, [at]), address)
                 builder.call(prefetch, [line, i32(1), i32(3), i32(1)])  # to write, into all caches, data
+        rounded_type = ir.VectorType(_BFloat(), LANES)
+        rounded = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(rounded_type, (sums_type,)), "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        )
         before, loop, after = builder.block, builder.append_basic_block("pairs"), builder.append_basic_block("sums")
         builder.branch(loop)
         builder.position_at_end(loop)
@@ -107,6 +113,10 @@ def _generate(height: int, width: int, add: bool, stream: bool, fetch: bool) -> 
             start = builder.add(out_at, builder.mul(out_stride, i64(i)))
             for j, value in enumerate(values):
                 at = builder.gep(out, [builder.add(start, i64(LANES * j))])
+                if narrow:
+                    place = builder.bitcast(at, rounded_type.as_pointer())
+                    builder.store(builder.call(rounded, [value]), place, align=2)
+                    continue
                 place = builder.bitcast(at, sums_type.as_pointer())
                 total = builder.fadd(builder.load(place, align=4), value) if add else value
                 stored = builder.store(total, place, align=64 if stream else 4)
@@ -141,29 +151,29 @@ def _block(height: int = HEIGHT, width: int = WIDTH, add: bool = False, stream: 
     return intrinsic(emit)
 
 
-@intrinsic
-def flat_product(
-    typing_context: Any,
-    left: Any,
-    left_at: Any,
-    row_stride: Any,
-    pair_stride: Any,
-    right: Any,
-    right_at: Any,
-    pairs: Any,
-    out: Any,
-    out_at: Any,
-    out_stride: Any,
-    ahead: Any,
-    ahead_stride: Any,
-) -> Any:
-    """As :data:`product`, of ``FLAT`` rows by ``BROAD`` columns, for a right operand that comes from memory.
+def _flat_block(narrow: bool) -> Any:
+    """The same for few rows: FLAT x BROAD sums, float32 or rounded to bf16, and a right operand fetched ahead."""
 
-    Every step of the sum fetches the word of ``right`` at ``ahead``, and the next one ``ahead_stride`` words further.
-    """
-    i64 = types.int64
-    signature = types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64, i64, i64)
-    return signature, _generate(FLAT, BROAD, False, False, True)
+    def emit(
+        typing_context: Any,
+        left: Any,
+        left_at: Any,
+        row_stride: Any,
+        pair_stride: Any,
+        right: Any,
+        right_at: Any,
+        pairs: Any,
+        out: Any,
+        out_at: Any,
+        out_stride: Any,
+        ahead: Any,
+        ahead_stride: Any,
+    ) -> Any:
+        i64 = types.int64
+        signature = types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64, i64, i64)
+        return signature, _generate(FLAT, BROAD, fetch=True, narrow=narrow)
+
+    return intrinsic(emit)
 
 
 product = _block()
@@ -178,6 +188,14 @@ added_product = _block(add=True)
 streamed_product = _block(stream=True)
 """As :data:`product`, for results too many to stay in a cache: not read before they are written. ``out_at`` and
 ``out_stride`` are multiples of 16, and ``out`` begins at a multiple of 64 bytes."""
+flat_product = _flat_block(narrow=False)
+"""``flat_product(..., out_stride, ahead, ahead_stride)``: as :data:`product`, of 8 rows by 48 columns.
+
+For a right operand that comes from memory: every step of the sum fetches the word of ``right`` at ``ahead``, and the
+next one ``ahead_stride`` words further.
+"""
+narrow_flat_product = _flat_block(narrow=True)
+"""As :data:`flat_product`, rounded to bf16 (to nearest, ties to even): ``out`` holds 16-bit words."""
 
 
 @intrinsic

@@ -12,7 +12,15 @@ from torch import Tensor
 from onpolicy.losses._bf16_products import available
 
 
-class PackedLinear:
+class _Packed:
+    _panels: np.ndarray  # words [ceil(N / 48), I / 2, 48]
+
+    def memory(self) -> Tensor:
+        """The packed weights, where they lie: for those who count what a model takes."""
+        return torch.from_numpy(self._panels.view(np.int32))
+
+
+class PackedLinear(_Packed):
     """x [..., I] bf16 -> x @ weight.T + bias, [..., N].
 
     Args:
@@ -24,13 +32,9 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        from onpolicy import packed_linear_kernels as kernels
-        from onpolicy.bf16_block import BROAD
-
         self.outputs, self.inputs = weight.shape
         self.bias, self.dtype = bias, dtype
-        self._panels = np.empty((-(-self.outputs // BROAD), self.inputs // 2, BROAD), np.uint32)
-        kernels.pack(torch.get_num_threads(), _words(weight), self._panels)
+        self._panels = _packed(weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         from onpolicy import packed_linear_kernels as kernels
@@ -46,10 +50,57 @@ class PackedLinear:
         return out.view(*x.shape[:-1], self.outputs)
 
 
+class PackedGate(_Packed):
+    """x [..., I] bf16 -> silu(x @ gate.T) * (x @ up.T), [..., F] bf16, rounded once.
+
+    gate, up: [F, I] bf16, not kept.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor) -> None:
+        from onpolicy.bf16_block import BROAD
+
+        self.outputs, self.inputs = gate.shape
+        half = BROAD // 2
+        panels = -(-self.outputs // half)
+        both = gate.new_zeros(2, panels * half, self.inputs)
+        both[0, : self.outputs], both[1, : self.outputs] = gate, up
+        interleaved = both.view(2, panels, half, self.inputs).transpose(0, 1).reshape(-1, self.inputs)
+        self._panels = _packed(interleaved)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        from onpolicy import packed_linear_kernels as kernels
+
+        flat = x.reshape(-1, self.inputs)
+        out = torch.empty(len(flat), self.outputs, dtype=torch.bfloat16)
+        kernels.multiply_gated(torch.get_num_threads(), _words(flat), self._panels, out.view(torch.int16).numpy())
+        return out.view(*x.shape[:-1], self.outputs)
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean x^2 + epsilon) * weight: bf16 [..., C], float32 weight [C]; rounded once."""
+    from onpolicy import packed_linear_kernels as kernels
+
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty_like(flat)
+    bits = [states.view(torch.int16).numpy() for states in (flat, out)]
+    kernels.rms_norm(torch.get_num_threads(), bits[0], weight.numpy(), np.float32(epsilon), bits[1])
+    return out.view(x.shape)
+
+
 def supports(weight: Tensor) -> bool:
     """Whether a :class:`PackedLinear` can be made of this weight here."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
     return on_cpu and weight.ndim == 2 and weight.shape[1] % 2 == 0 and available()
+
+
+def _packed(weight: Tensor) -> np.ndarray:
+    """[N, I] bf16 -> words [ceil(N / 48), I / 2, 48]."""
+    from onpolicy import packed_linear_kernels as kernels
+    from onpolicy.bf16_block import BROAD
+
+    panels = np.empty((-(-len(weight) // BROAD), weight.shape[1] // 2, BROAD), np.uint32)
+    kernels.pack(torch.get_num_threads(), _words(weight), panels)
+    return panels
 
 
 def _words(matrix: Tensor) -> np.ndarray:

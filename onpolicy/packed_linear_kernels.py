@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from onpolicy.bf16_block import BROAD, FLAT, LANES, flat_product, transpose
+from onpolicy.bf16_block import BROAD, FLAT, LANES, flat_product, narrow_flat_product, transpose
+from onpolicy.kernel_math import MATH, exp, f32, i32, to_bf16
 from spec import threads
+from spec.compiled import REPRODUCIBLE
 
 threads.launch()
 
-f32: Any = np.float32  # Any: numba gives these their types, not the annotations
-i32: Any = np.int32
-u32: Any = np.uint32
+u32: Any = np.uint32  # Any: numba gives it its type, not the annotation
 _ROWS = 30 * FLAT  # of the left operand, that stay in a core's cache beside a panel
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = njit(**REPRODUCIBLE, fastmath=MATH)
 _parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 
@@ -48,6 +48,19 @@ def pack(parts: int, weight: Any, panels: Any) -> None:
 
 
 @_jit
+def _last_rows(x: Any) -> Any:
+    """Of x [n, P], the rows beyond the last whole tile, filled up with zeros: [8, P]."""
+    rows, pairs = x.shape
+    rest = np.zeros((FLAT, pairs), np.uint32)
+    whole = rows // FLAT * FLAT
+    for i in range(whole, rows):
+        to, source = rest[i - whole], x[i]
+        for k in range(pairs):
+            to[k] = source[k]
+    return rest
+
+
+@_jit
 def _multiply(first: int, last: int, x: Any, panels: Any, wide: Any, narrow: Any) -> None:
     """Columns 48 first : 48 last of x [n, P] times the panels, into ``wide`` [n, N] float32 or ``narrow`` bf16 bits.
 
@@ -55,45 +68,36 @@ def _multiply(first: int, last: int, x: Any, panels: Any, wide: Any, narrow: Any
     """
     rows, pairs = x.shape
     outputs = wide.shape[1]
-    left, right, out = x.reshape(-1), panels.reshape(-1), wide.reshape(-1)
-    rest, block = np.zeros((FLAT, pairs), np.uint32), np.empty((FLAT, BROAD), np.float32)
-    flat, last_rows, words = block.reshape(-1), rest.reshape(-1), block.view(np.int32)
-    whole = rows // FLAT * FLAT
-    for i in range(whole, rows):
-        to, source = rest[i - whole], x[i]
-        for k in range(pairs):
-            to[k] = source[k]
+    left, right, out, short = x.reshape(-1), panels.reshape(-1), wide.reshape(-1), narrow.reshape(-1)
+    rest, block = _last_rows(x), np.empty((FLAT, BROAD), np.float32)
+    flat, last_rows = block.reshape(-1), rest.reshape(-1)
     size, tiles = pairs * BROAD, -(-min(rows, _ROWS) // FLAT)
     ahead = -(-BROAD // tiles)  # words of the next panel to fetch in a step, so that all tiles together fetch it
     for start in range(0, rows, _ROWS):
         for panel in range(first, last):
-            column = panel * BROAD
+            column, begin = panel * BROAD, panel * size
             width, following = min(BROAD, outputs - column), min(panel + 1, last - 1) * size
             for row in range(start, min(start + _ROWS, rows), FLAT):
-                height = min(FLAT, rows - row)
+                height, to = min(FLAT, rows - row), row * outputs + column
                 fetch = following + (row - start) // FLAT * pairs * ahead
-                direct = len(wide) > 0 and height == FLAT and width == BROAD
-                if direct:
-                    flat_product(
-                        left, row * pairs, pairs, 1, right, panel * size, pairs, out, row * outputs + column, outputs,
-                        fetch, ahead,
-                    )  # fmt: skip
+                if height < FLAT:
+                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                elif width < BROAD:
+                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                elif len(wide):
+                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, out, to, outputs, fetch, ahead)
                     continue
-                if height == FLAT:
-                    flat_product(left, row * pairs, pairs, 1, right, panel * size, pairs, flat, 0, BROAD, fetch, ahead)
                 else:
-                    flat_product(last_rows, 0, pairs, 1, right, panel * size, pairs, flat, 0, BROAD, fetch, ahead)
+                    narrow_flat_product(
+                        left, row * pairs, pairs, 1, right, begin, pairs, short, to, outputs, fetch, ahead
+                    )
+                    continue
                 for i in range(height):
-                    if len(wide):
-                        for j in range(width):
+                    for j in range(width):
+                        if len(wide):
                             wide[row + i, column + j] = block[i, j]
-                    else:
-                        result, bits = narrow[row + i, column:], words[i]
-                        for j in range(width):  # rounded to nearest, ties to even; NaN stays NaN
-                            b = bits[j]
-                            rounded = (b + i32(0x7FFF) + ((b >> i32(16)) & i32(1))) >> i32(16)
-                            nan = (b & i32(0x7FFFFFFF)) > i32(0x7F800000)
-                            result[j] = np.int16(i32(0x7FC0) if nan else rounded)
+                        else:
+                            narrow[row + i, column + j] = to_bf16(block[i, j])
 
 
 @_parallel
@@ -102,3 +106,71 @@ def multiply(parts: int, x: Any, panels: Any, wide: Any, narrow: Any) -> None:
     count = len(panels)
     for part in prange(parts):
         _multiply(count * part // parts, count * (part + 1) // parts, x, panels, wide, narrow)
+
+
+@_jit
+def _multiply_gated(first: int, last: int, x: Any, panels: Any, out: Any) -> None:
+    """Columns 24 first : 24 last of ``out`` [n, F] bf16 bits = silu(gate) * up.
+
+    A panel's first 24 columns are the gates, the others what these let through.
+    """
+    rows, pairs = x.shape
+    outputs, half = out.shape[1], BROAD // 2
+    left, right = x.reshape(-1), panels.reshape(-1)
+    rest, block = _last_rows(x), np.empty((FLAT, BROAD), np.float32)
+    flat, last_rows = block.reshape(-1), rest.reshape(-1)
+    size, tiles = pairs * BROAD, -(-min(rows, _ROWS) // FLAT)
+    ahead = -(-BROAD // tiles)
+    for start in range(0, rows, _ROWS):
+        for panel in range(first, last):
+            column, begin = panel * half, panel * size
+            width, following = min(half, outputs - column), min(panel + 1, last - 1) * size
+            for row in range(start, min(start + _ROWS, rows), FLAT):
+                height = min(FLAT, rows - row)
+                fetch = following + (row - start) // FLAT * pairs * ahead
+                if height < FLAT:
+                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                else:
+                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                for i in range(height):
+                    gates, through, to = block[i, :half], block[i, half:], out[row + i, column:]
+                    for j in range(half):
+                        gate = gates[j]
+                        small = exp(-abs(gate))
+                        sigmoid = (f32(1.0) if gate >= f32(0.0) else small) / (f32(1.0) + small)
+                        gates[j] = gate * sigmoid * through[j]
+                    for j in range(width):
+                        to[j] = to_bf16(gates[j])
+
+
+@_parallel
+def multiply_gated(parts: int, x: Any, panels: Any, out: Any) -> None:
+    """All columns, see :func:`_multiply_gated`, on ``parts`` threads."""
+    count = len(panels)
+    for part in prange(parts):
+        _multiply_gated(count * part // parts, count * (part + 1) // parts, x, panels, out)
+
+
+@_jit
+def _rms_norm(first: int, last: int, x: Any, weight: Any, epsilon: Any, out: Any) -> None:
+    """Rows ``first`` to ``last`` of bf16 bits [n, C]."""
+    line = np.empty(x.shape[1], np.float32)
+    for r in range(first, last):
+        row, to = x[r], out[r]
+        words = line.view(np.int32)
+        for j in range(row.size):
+            words[j] = i32(row[j]) << i32(16)
+        total = f32(0.0)
+        for j in range(line.size):
+            total += line[j] * line[j]
+        factor = f32(1.0) / np.sqrt(total / f32(line.size) + epsilon)
+        for j in range(line.size):
+            to[j] = to_bf16(line[j] * factor * weight[j])
+
+
+@_parallel
+def rms_norm(parts: int, x: Any, weight: Any, epsilon: Any, out: Any) -> None:
+    """``out`` = x / sqrt(mean x^2 + epsilon) * weight: bf16 bits [n, C], float32 weight [C], on ``parts`` threads."""
+    count = len(x)
+    for part in prange(parts):
+        _rms_norm(count * part // parts, count * (part + 1) // parts, x, weight, epsilon, out)

@@ -8,6 +8,7 @@ import torch
 
 from onpolicy.models import head_weight, hidden_states
 from onpolicy.teachers import Score
+from onpolicy.teachers.packed import pack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ class LocalTeacher:
 
     def __init__(self, model: PreTrainedModel, used: int | None = None):
         self.model = model.eval().requires_grad_(False)
+        pack_layers(model)
         self.head = head_weight(model, used)
 
     @torch.no_grad()
