@@ -15,7 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, product, transpose
+from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, added_product, product, transpose
 from onpolicy.kernel_math import MATH, exp, f32, i32, to_bf16
 from spec import threads
 from spec.compiled import REPRODUCIBLE
@@ -200,3 +200,140 @@ def attend(parts, query, key, value, scale, out, normalisers):  # type: ignore[n
     count = len(query) * key.shape[2]
     for part in numba.prange(parts):
         _attend(count * part // parts, count * (part + 1) // parts, query, key, value, scale, out, normalisers)
+
+
+@_jit
+def _slope_row(row, change, seen, normaliser, grad, out, scale, probs, slopes):  # type: ignore[no-untyped-def]
+    """The first ``seen`` probabilities of ``row`` [N] again, and the gradient by the scores, 0 beyond; N % 32 == 0.
+
+    P * (dP - sum dO * O) * scale (Dao et al. 2205.14135, appendix B), both as bf16 bits. ``row`` is overwritten;
+    ``change``: dP [N]; ``grad`` and ``out``: bf16 bits [D] of one head and position.
+    """
+    inner = f32(0.0)
+    for d in range(grad.size):
+        inner += i32(i32(grad[d]) << i32(16)).view(f32) * i32(i32(out[d]) << i32(16)).view(f32)
+    for j in range(seen, row.size):
+        row[j] = f32(-1e30)
+    for j in range(row.size):
+        p = exp(scale * row[j] - normaliser)
+        probs[j] = to_bf16(p)
+        slopes[j] = to_bf16(p * (change[j] - inner) * scale)
+
+
+@_jit
+def _pair_up(rows, words):  # type: ignore[no-untyped-def]
+    """bf16 bits [12, N] -> words [6, N]: pairs of rows."""
+    for k in range(HEIGHT // 2):
+        low, high, to = rows[2 * k], rows[2 * k + 1], words[k]
+        for j in range(low.size):
+            to[j] = (u32(low[j]) & u32(0xFFFF)) | (u32(high[j]) << u32(16))
+
+
+@_jit
+def _copy_narrow(sums, out, at):  # type: ignore[no-untyped-def]
+    """Columns of ``sums`` [n, N] float32 -> ``out`` bf16 bits [n, D], from column ``at`` on, as many as there are."""
+    for i in range(len(out)):
+        row, to = sums[i], out[i, at:]
+        for j in range(min(row.size, to.size)):
+            to[j] = to_bf16(row[j])
+
+
+@_jit
+def _attend_backward(first, last, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value):  # type: ignore[no-untyped-def]
+    """Gradients by query, key and value, of the key heads ``first`` to ``last`` of all S * K.
+
+    query, key, value, grad (by the output): words, as of :func:`_attend`. bits, out: ``grad`` and the output as
+    bf16 bits [S, M, H, D]. d_query, d_key, d_value: bf16 bits [S, M, H or K, D]. Scores and probabilities are computed
+    again for 12 queries at a time; those of all queries of a head then stand in pairs for the sums over queries.
+    """
+    _, positions, heads, pairs = query.shape
+    shared, size = key.shape[2], 2 * pairs
+    group, sides, halves = heads // shared, -(-size // WIDTH), -(-positions // 2)
+    panels, blocks = -(-positions // WIDTH), -(-positions // HEIGHT)
+    stride = (panels + 1) * WIDTH  # the last 12 keys are read beyond the last panel
+    keys, values = np.empty((panels, pairs, WIDTH), np.uint32), np.empty((panels, pairs, WIDTH), np.uint32)
+    key_rows, query_rows = np.zeros((sides, halves, WIDTH), np.uint32), np.zeros((sides, halves, WIDTH), np.uint32)
+    grad_rows, queries = np.zeros((sides, halves, WIDTH), np.uint32), np.zeros((HEIGHT, pairs), np.uint32)
+    grads, block = np.zeros((HEIGHT, pairs), np.uint32), np.empty((HEIGHT, WIDTH), np.float32)
+    scores, changes = np.empty((HEIGHT, stride), np.float32), np.empty((HEIGHT, stride), np.float32)
+    probs, slopes = np.zeros((HEIGHT, stride), np.int16), np.zeros((HEIGHT, stride), np.int16)
+    prob_pairs, slope_pairs = (
+        np.zeros((blocks * HEIGHT // 2, stride), np.uint32),
+        np.zeros((blocks * HEIGHT // 2, stride), np.uint32),
+    )
+    d_keys, d_values = (
+        np.empty((blocks * HEIGHT, sides * WIDTH), np.float32),
+        np.empty((blocks * HEIGHT, sides * WIDTH), np.float32),
+    )
+    slope_words, flat = slopes.reshape(-1).view(np.uint32), block.reshape(-1)
+    for job in range(first, last):
+        s, h = job // shared, job % shared
+        _pack_keys(key[s, :, h], keys)
+        _pack_keys(value[s, :, h], values)
+        _pack_values(key[s, :, h], key_rows)
+        d_keys[:] = 0
+        d_values[:] = 0
+        for g in range(group):
+            head = h * group + g
+            _pack_values(query[s, :, head], query_rows)
+            _pack_values(grad[s, :, head], grad_rows)
+            for start in range(0, positions, HEIGHT):
+                rows = min(HEIGHT, positions - start)
+                end = start + rows
+                reach = -(-end // WIDTH) * WIDTH
+                for i in range(rows):
+                    to_q, from_q, to_g, from_g = (
+                        queries[i],
+                        query[s, start + i, head],
+                        grads[i],
+                        grad[s, start + i, head],
+                    )
+                    for k in range(pairs):
+                        to_q[k] = from_q[k]
+                        to_g[k] = from_g[k]
+                for panel in range(reach // WIDTH):
+                    to, at = panel * WIDTH, panel * pairs * WIDTH
+                    product(
+                        queries.reshape(-1), 0, pairs, 1, keys.reshape(-1), at, pairs, scores.reshape(-1), to, stride
+                    )
+                    product(
+                        grads.reshape(-1), 0, pairs, 1, values.reshape(-1), at, pairs, changes.reshape(-1), to, stride
+                    )
+                for i in range(rows):
+                    m = start + i
+                    _slope_row(
+                        scores[i, :reach], changes[i, :reach], m + 1, normalisers[s, h, g * positions + m],
+                        bits[s, m, head], out[s, m, head], scale, probs[i, :reach], slopes[i, :reach],
+                    )  # fmt: skip
+                for i in range(rows, HEIGHT):
+                    probs[i] = 0
+                    slopes[i] = 0
+                _pair_up(probs[:, :reach], prob_pairs[start // 2 :, :reach])
+                _pair_up(slopes[:, :reach], slope_pairs[start // 2 :, :reach])
+                for side in range(sides):
+                    at = side * halves * WIDTH
+                    product(slope_words, 0, stride // 2, 1, key_rows.reshape(-1), at, -(-end // 2), flat, 0, WIDTH)
+                    _copy_narrow(block, d_query[s, start:end, head], side * WIDTH)
+            for start in range(0, positions, HEIGHT):  # keys, seen by the queries from there on
+                left, count = start // 2 * stride + start, halves - start // 2
+                for side in range(sides):
+                    at, to = (side * halves + start // 2) * WIDTH, start * sides * WIDTH + side * WIDTH
+                    added_product(
+                        prob_pairs.reshape(-1), left, 1, stride, grad_rows.reshape(-1), at, count,
+                        d_values.reshape(-1), to, sides * WIDTH,
+                    )  # fmt: skip
+                    added_product(
+                        slope_pairs.reshape(-1), left, 1, stride, query_rows.reshape(-1), at, count,
+                        d_keys.reshape(-1), to, sides * WIDTH,
+                    )  # fmt: skip
+        _copy_narrow(d_keys, d_key[s, :, h], 0)
+        _copy_narrow(d_values, d_value[s, :, h], 0)
+
+
+@_parallel
+def attend_backward(parts, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value):  # type: ignore[no-untyped-def]
+    """All key heads of all sequences, see :func:`_attend_backward`, on ``parts`` threads."""
+    count = len(query) * key.shape[2]
+    for part in numba.prange(parts):
+        first, last = count * part // parts, count * (part + 1) // parts
+        _attend_backward(first, last, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value)

@@ -47,7 +47,12 @@ def _keep_rolled(branch: Any, module: Any) -> None:
 
 
 def _generate(
-    height: int, width: int, add: bool = False, stream: bool = False, fetch: bool = False, narrow: bool = False
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    add: bool = False,  # the block to what is there
+    stream: bool = False,  # store it past the caches
+    narrow: bool = False,  # store it as bf16
+    fetch: bool = False,  # in every step something needed later
 ) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         i64, i32 = ir.IntType(64), ir.IntType(32)
@@ -56,13 +61,13 @@ def _generate(
         left, right, out = (
             cgutils.create_struct_proxy(signature.args[i])(context, builder, value=arguments[i]).data for i in (0, 4, 7)
         )
-        _, left_at, row_stride, pair_stride, _, right_at, pairs, _, out_at, out_stride, *ahead = arguments
+        _, left_at, row_stride, pair_stride, _, right_at, pairs, _, out_at, out_stride, *later = arguments
         dot = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(sums_type, (sums_type, halves_type, halves_type)),
             "llvm.x86.avx512bf16.dpbf16ps.512",
         )  # fmt: skip
         rows = [builder.gep(left, [builder.add(left_at, builder.mul(row_stride, i64(i)))]) for i in range(height)]
-        whole, right = right, builder.gep(right, [right_at])
+        right = builder.gep(right, [right_at])
         address = ir.IntType(8).as_pointer()
         prefetch = cgutils.get_or_insert_function(
             builder.module, ir.FunctionType(ir.VoidType(), (address, i32, i32, i32)), "llvm.prefetch.p0i8"
@@ -87,7 +92,9 @@ def _generate(
             for j in range(width // LANES)
         ]
         if fetch:
-            line = builder.gep(whole, [builder.add(ahead[0], builder.mul(step, ahead[1]))])
+            needed, first, stride = later
+            array = cgutils.create_struct_proxy(signature.args[10])(context, builder, value=needed).data
+            line = builder.gep(array, [builder.add(first, builder.mul(step, stride))])
             builder.call(prefetch, [builder.bitcast(line, address), i32(0), i32(2), i32(1)])  # to read, from L2 on
         offset = builder.mul(step, pair_stride)
         results = []
@@ -127,8 +134,8 @@ def _generate(
     return generate
 
 
-def _block(height: int = HEIGHT, width: int = WIDTH, add: bool = False, stream: bool = False) -> Any:
-    """The intrinsic that stores its block, past the caches if ``stream``, or adds it to what is there."""
+def _block(**kind: Any) -> Any:
+    """An intrinsic of this kind, see :func:`_generate`."""
 
     def emit(
         typing_context: Any,
@@ -144,15 +151,13 @@ def _block(height: int = HEIGHT, width: int = WIDTH, add: bool = False, stream: 
         out_stride: Any,
     ) -> Any:
         i64 = types.int64
-        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(
-            height, width, add, stream, False
-        )
+        return types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64), _generate(**kind)
 
     return intrinsic(emit)
 
 
-def _flat_block(narrow: bool) -> Any:
-    """The same for few rows: FLAT x BROAD sums, float32 or rounded to bf16, and a right operand fetched ahead."""
+def _fetching_block(**kind: Any) -> Any:
+    """One that also fetches."""
 
     def emit(
         typing_context: Any,
@@ -166,12 +171,13 @@ def _flat_block(narrow: bool) -> Any:
         out: Any,
         out_at: Any,
         out_stride: Any,
-        ahead: Any,
-        ahead_stride: Any,
+        needed: Any,
+        needed_at: Any,
+        needed_stride: Any,
     ) -> Any:
         i64 = types.int64
-        signature = types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64, i64, i64)
-        return signature, _generate(FLAT, BROAD, fetch=True, narrow=narrow)
+        signature = types.void(left, i64, i64, i64, right, i64, i64, out, i64, i64, needed, i64, i64)
+        return signature, _generate(fetch=True, **kind)
 
     return intrinsic(emit)
 
@@ -185,16 +191,18 @@ the left operand stands at ``left_at + i * row_stride + k * pair_stride``, word 
 """
 added_product = _block(add=True)
 """As :data:`product`, added to what is there."""
-streamed_product = _block(stream=True)
-"""As :data:`product`, for results too many to stay in a cache: not read before they are written. ``out_at`` and
-``out_stride`` are multiples of 16, and ``out`` begins at a multiple of 64 bytes."""
-flat_product = _flat_block(narrow=False)
-"""``flat_product(..., out_stride, ahead, ahead_stride)``: as :data:`product`, of 8 rows by 48 columns.
+fetching_added_product = _fetching_block(add=True)
+"""``fetching_added_product(..., out_stride, needed, needed_at, needed_stride)``: as :data:`added_product`.
 
-For a right operand that comes from memory: every step of the sum fetches the word of ``right`` at ``ahead``, and the
-next one ``ahead_stride`` words further.
+On the way, every step of the sum fetches into the cache what stands at ``needed_at`` of an array that is needed next,
+and the following one ``needed_stride`` elements further; places beyond its end do no harm.
 """
-narrow_flat_product = _flat_block(narrow=True)
+streamed_product = _fetching_block(stream=True)
+"""As :data:`product`, for results too many to stay in a cache: not read before they are written. ``out_at`` and
+``out_stride`` are multiples of 16, and ``out`` begins at a multiple of 64 bytes. Fetches on the way."""
+flat_product = _fetching_block(height=FLAT, width=BROAD)
+"""As :data:`product`, of 8 rows by 48 columns: for few rows and a right operand that comes from memory. Fetches too."""
+narrow_flat_product = _fetching_block(height=FLAT, width=BROAD, narrow=True)
 """As :data:`flat_product`, rounded to bf16 (to nearest, ties to even): ``out`` holds 16-bit words."""
 
 

@@ -49,10 +49,10 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        sequences, positions, heads, size = query.shape
+        sequences, positions, heads, _ = query.shape
         shared = key.shape[2]
         normalisers = torch.empty(sequences, shared, heads // shared * positions)
-        forward = _by_own_kernel if available() and size % 2 == 0 else _by_products
+        forward = _by_own_kernel if _own(query) else _by_products
         forward(query, key, value, scale, out, normalisers)
         if any(ctx.needs_input_grad[:3]):
             ctx.save_for_backward(query, key, value, out, normalisers)
@@ -62,26 +62,16 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        from onpolicy import attention_kernels as kernels
-
         query, key, value, out, normalisers = ctx.saved_tensors
-        shared = key.shape[2]
-        d_query, d_key, d_value = (
-            torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)
-        )
-        inner = _folded_inner(grad, out, shared)
-        for part in _parts(query):
-            q, k, v, g = (_folded(x[part], shared) for x in (query, key, value, grad))
-            scores, d_probs = _products("scores", q, k), _products("gradient", g, v)
-            probs, d_scores = (torch.empty(scores.shape, dtype=q.dtype) for _ in range(2))
-            kernels.gradient(
-                scores.numpy(), normalisers[part].flatten(0, 1).numpy(), d_probs.numpy(),
-                inner[part].flatten(0, 1).numpy(), np.float32(ctx.scale), _bits(probs), _bits(d_scores),
-            )  # fmt: skip
-            _unfold(torch.bmm(d_scores, k), d_query[part])
-            _unfold(torch.bmm(d_scores.transpose(1, 2), q), d_key[part])
-            _unfold(torch.bmm(probs.transpose(1, 2), g), d_value[part])
-        return d_query, d_key, d_value, None
+        gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
+        backward = _backward_by_own_kernel if _own(query) else _backward_by_products
+        backward(query, key, value, grad, out, normalisers, ctx.scale, *gradients)
+        return *gradients, None  # type: ignore[return-value]
+
+
+def _own(query: Tensor) -> bool:
+    """Whether our own kernels take these."""
+    return available() and query.shape[-1] % 2 == 0
 
 
 def _by_own_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
@@ -90,6 +80,20 @@ def _by_own_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, out:
 
     words = [_words(states) for states in (query, key, value)]
     kernels.attend(torch.get_num_threads(), *words, np.float32(scale), _bits(out), normalisers.numpy())
+
+
+def _backward_by_own_kernel(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normalisers: Tensor, scale: float,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+) -> None:  # fmt: skip
+    """Fills the last three, of the shapes of query, key and value."""
+    from onpolicy import attention_kernels as kernels
+
+    words = [_words(states) for states in (query, key, value, grad)]
+    kernels.attend_backward(
+        torch.get_num_threads(), *words, _bits(grad.contiguous()), _bits(out), normalisers.numpy(), np.float32(scale),
+        _bits(d_query), _bits(d_key), _bits(d_value),
+    )  # fmt: skip
 
 
 def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
@@ -103,6 +107,28 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: T
         probs = torch.empty(scores.shape, dtype=v.dtype)
         kernels.softmax(scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy())
         _unfold(torch.bmm(probs, v), out[part])
+
+
+def _backward_by_products(
+    query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normalisers: Tensor, scale: float,
+    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+) -> None:  # fmt: skip
+    """The same."""
+    from onpolicy import attention_kernels as kernels
+
+    shared = key.shape[2]
+    inner = _folded_inner(grad, out, shared)
+    for part in _parts(query):
+        q, k, v, g = (_folded(x[part], shared) for x in (query, key, value, grad))
+        scores, d_probs = _products("scores", q, k), _products("gradient", g, v)
+        probs, d_scores = (torch.empty(scores.shape, dtype=q.dtype) for _ in range(2))
+        kernels.gradient(
+            scores.numpy(), normalisers[part].flatten(0, 1).numpy(), d_probs.numpy(),
+            inner[part].flatten(0, 1).numpy(), np.float32(scale), _bits(probs), _bits(d_scores),
+        )  # fmt: skip
+        _unfold(torch.bmm(d_scores, k), d_query[part])
+        _unfold(torch.bmm(d_scores.transpose(1, 2), q), d_key[part])
+        _unfold(torch.bmm(probs.transpose(1, 2), g), d_value[part])
 
 
 def _parts(query: Tensor) -> Iterator[slice]:

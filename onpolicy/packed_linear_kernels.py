@@ -81,15 +81,17 @@ def _multiply(first: int, last: int, x: Any, panels: Any, wide: Any, narrow: Any
                 height, to = min(FLAT, rows - row), row * outputs + column
                 fetch = following + (row - start) // FLAT * pairs * ahead
                 if height < FLAT:
-                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, right, fetch, ahead)
                 elif width < BROAD:
-                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, right, fetch, ahead)
                 elif len(wide):
-                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, out, to, outputs, fetch, ahead)
+                    flat_product(
+                        left, row * pairs, pairs, 1, right, begin, pairs, out, to, outputs, right, fetch, ahead
+                    )
                     continue
                 else:
                     narrow_flat_product(
-                        left, row * pairs, pairs, 1, right, begin, pairs, short, to, outputs, fetch, ahead
+                        left, row * pairs, pairs, 1, right, begin, pairs, short, to, outputs, right, fetch, ahead
                     )
                     continue
                 for i in range(height):
@@ -129,9 +131,9 @@ def _multiply_gated(first: int, last: int, x: Any, panels: Any, out: Any) -> Non
                 height = min(FLAT, rows - row)
                 fetch = following + (row - start) // FLAT * pairs * ahead
                 if height < FLAT:
-                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                    flat_product(last_rows, 0, pairs, 1, right, begin, pairs, flat, 0, BROAD, right, fetch, ahead)
                 else:
-                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, fetch, ahead)
+                    flat_product(left, row * pairs, pairs, 1, right, begin, pairs, flat, 0, BROAD, right, fetch, ahead)
                 for i in range(height):
                     gates, through, to = block[i, :half], block[i, half:], out[row + i, column:]
                     for j in range(half):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, added_product, product, streamed_product, transpose
+from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, fetching_added_product, product, streamed_product, transpose
 from spec import threads
 
 threads.launch()
@@ -73,7 +73,8 @@ def _logits(first: int, last: int, head: Any, hidden: Any, out: Any, aligned: bo
     """
     rows, vocab = out.shape
     tiles, pairs, _ = hidden.shape
-    left, flat = hidden.reshape(-1), out.reshape(-1)
+    left, flat, words = hidden.reshape(-1), out.reshape(-1), head.reshape(-1)
+    each = -(-WIDTH * head.shape[1] // (tiles * pairs))  # words of the next rows of the head to fetch in a step
     rounded, panel = np.empty((WIDTH, pairs), np.uint32), np.empty(pairs * WIDTH, np.uint32)
     block = np.empty(HEIGHT * WIDTH, np.float32)
     for part in range(first, last):
@@ -83,7 +84,10 @@ def _logits(first: int, last: int, head: Any, hidden: Any, out: Any, aligned: bo
         for tile in range(tiles):
             at, row = tile * pairs * HEIGHT, tile * HEIGHT
             if width == WIDTH and row + HEIGHT <= rows and aligned:
-                streamed_product(left, at, 1, HEIGHT, panel, 0, pairs, flat, row * vocab + start, vocab)
+                following = (start + WIDTH) * head.shape[1] + tile * pairs * each
+                streamed_product(
+                    left, at, 1, HEIGHT, panel, 0, pairs, flat, row * vocab + start, vocab, words, following, each
+                )
             elif width == WIDTH and row + HEIGHT <= rows:
                 product(left, at, 1, HEIGHT, panel, 0, pairs, flat, row * vocab + start, vocab)
             else:
@@ -129,10 +133,11 @@ def _hidden_gradient(first: int, last: int, grad: Any, head: Any, total: Any) ->
     """
     rows, size = len(grad), total.shape[1]
     tiles, depth = len(total) // HEIGHT, DEPTH // 2
-    flat = total.reshape(-1)
+    flat, source, inputs = total.reshape(-1), head.reshape(-1), head.shape[1]
     # Rows of a gradient stand pages apart, where they would share the same few lines of the cache.
     left, panels = np.zeros((len(total), depth + LANES), np.uint32), np.zeros((last - first, depth, WIDTH), np.uint32)
     words, right, stride = left.reshape(-1), panels.reshape(-1), left.shape[1]
+    each = -(-len(panels) * WIDTH // depth)
     for start in range(0, grad.shape[1], depth):
         pairs = min(depth, grad.shape[1] - start)
         _pack_pairs(head, 2 * start, pairs, first * WIDTH, panels)
@@ -143,7 +148,11 @@ def _hidden_gradient(first: int, last: int, grad: Any, head: Any, total: Any) ->
         for panel in range(len(panels)):
             for tile in range(tiles):
                 at, out = tile * HEIGHT * stride, tile * HEIGHT * size + (first + panel) * WIDTH
-                added_product(words, at, stride, 1, right, panel * depth * WIDTH, pairs, flat, out, size)
+                following = 2 * (start + depth) + min(panel * tiles + tile, DEPTH - 1)  # of the head, in the next round
+                fetching_added_product(
+                    words, at, stride, 1, right, panel * depth * WIDTH, pairs, flat, out, size,
+                    source, following * inputs + first * WIDTH, each,
+                )  # fmt: skip
 
 
 @_parallel
@@ -178,7 +187,8 @@ def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) ->
     rows, vocab = grad.shape
     panels, pairs, _ = hidden.shape
     size = total.shape[1]
-    right, flat = hidden.reshape(-1), total.reshape(-1)
+    right, flat, source = hidden.reshape(-1), total.reshape(-1), grad.reshape(-1)
+    each = -(-STRIPE // pairs)
     stripe, block = np.empty(pairs * STRIPE, np.uint32), np.empty(HEIGHT * WIDTH, np.float32)
     for part in range(first, last):
         start = part * STRIPE
@@ -192,7 +202,11 @@ def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) ->
             for panel in range(panels):
                 at, column = (start + i) * size + panel * WIDTH, panel * pairs * WIDTH
                 if i + HEIGHT <= width and (panel + 1) * WIDTH <= size:
-                    added_product(stripe, i, 1, STRIPE, right, column, pairs, flat, at, size)
+                    following = min(i // HEIGHT * panels + panel, rows - 1)  # of the gradient, its next stripe
+                    fetching_added_product(
+                        stripe, i, 1, STRIPE, right, column, pairs, flat, at, size,
+                        source, following * vocab + start + STRIPE, each,
+                    )  # fmt: skip
                 else:
                     product(stripe, i, 1, STRIPE, right, column, pairs, block, 0, WIDTH)
                     for y in range(min(HEIGHT, width - i)):

@@ -49,6 +49,7 @@ def repack_tied_head(model: torch.nn.Module) -> None:
     if head is None or not hasattr(head, "cpu_linear") or head.weight.numel() == 0:
         return
     if supports(head.weight):
+        head.cpu_linear = None  # the old copy goes before the new one comes
         product = PackedLinear(head.weight, dtype=torch.float32)
         head.cpu_linear = lambda x, weight, bias: product(x) if bias is None else product(x) + bias
         return
