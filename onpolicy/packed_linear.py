@@ -1,4 +1,4 @@
-"""Linear layers on weights laid out once for VDPBF16PS: bf16 operands, float32 sums.
+"""Linear layers on weights laid out once for VDPBF16PS: bf16 operands, float32 sums. And what stands between them.
 
 Shape legend: n rows, N outputs, I inputs.
 """
@@ -76,15 +76,29 @@ class PackedGate(_Packed):
         return out.view(*x.shape[:-1], self.outputs)
 
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """x / sqrt(mean x^2 + epsilon) * weight: bf16 [..., C], float32 weight [C]; rounded once."""
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None = None) -> Tensor:
+    """x / sqrt(mean x^2 + epsilon) * weight, rounded once: bf16 [..., C], weight [C].
+
+    Given ``residual`` (contiguous), x is added to it first, in place, and the sum's norm is taken.
+    """
     from onpolicy import packed_linear_kernels as kernels
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(flat)
-    bits = [states.view(torch.int16).numpy() for states in (flat, out)]
-    kernels.rms_norm(torch.get_num_threads(), bits[0], weight.numpy(), np.float32(epsilon), bits[1])
+    stream = flat[:0] if residual is None else residual.view(flat.shape)
+    bits = [states.view(torch.int16).numpy() for states in (flat, stream, weight.detach())]
+    kernels.rms_norm(torch.get_num_threads(), *bits, np.float32(epsilon), out.view(torch.int16).numpy())
     return out.view(x.shape)
+
+
+def silu_mul(x: Tensor) -> Tensor:
+    """silu(x[..., :F]) * x[..., F:], rounded once: bf16 [..., 2 F] -> [..., F]."""
+    from onpolicy import packed_linear_kernels as kernels
+
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty(len(flat), flat.shape[1] // 2, dtype=torch.bfloat16)
+    kernels.silu_mul(torch.get_num_threads(), flat.view(torch.int16).numpy(), out.view(torch.int16).numpy())
+    return out.view(*x.shape[:-1], -1)
 
 
 def supports(weight: Tensor) -> bool:

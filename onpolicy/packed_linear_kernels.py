@@ -20,6 +20,7 @@ threads.launch()
 u32: Any = np.uint32  # Any: numba gives it its type, not the annotation
 _ROWS = 30 * FLAT  # of the left operand, that stay in a core's cache beside a panel
 _jit = njit(**REPRODUCIBLE, fastmath=MATH)
+_inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=MATH, inline="always")
 _parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 
@@ -110,6 +111,13 @@ def multiply(parts: int, x: Any, panels: Any, wide: Any, narrow: Any) -> None:
         _multiply(count * part // parts, count * (part + 1) // parts, x, panels, wide, narrow)
 
 
+@_inline
+def _gated(gate: Any, through: Any) -> Any:
+    """silu(gate) * through."""
+    small = exp(-abs(gate))
+    return gate * (f32(1.0) if gate >= f32(0.0) else small) / (f32(1.0) + small) * through
+
+
 @_jit
 def _multiply_gated(first: int, last: int, x: Any, panels: Any, out: Any) -> None:
     """Columns 24 first : 24 last of ``out`` [n, F] bf16 bits = silu(gate) * up.
@@ -137,10 +145,7 @@ def _multiply_gated(first: int, last: int, x: Any, panels: Any, out: Any) -> Non
                 for i in range(height):
                     gates, through, to = block[i, :half], block[i, half:], out[row + i, column:]
                     for j in range(half):
-                        gate = gates[j]
-                        small = exp(-abs(gate))
-                        sigmoid = (f32(1.0) if gate >= f32(0.0) else small) / (f32(1.0) + small)
-                        gates[j] = gate * sigmoid * through[j]
+                        gates[j] = _gated(gates[j], through[j])
                     for j in range(width):
                         to[j] = to_bf16(gates[j])
 
@@ -154,25 +159,62 @@ def multiply_gated(parts: int, x: Any, panels: Any, out: Any) -> None:
 
 
 @_jit
-def _rms_norm(first: int, last: int, x: Any, weight: Any, epsilon: Any, out: Any) -> None:
+def _widen(bits: Any, line: Any) -> None:
+    """bf16 bits -> float32."""
+    words = line.view(np.int32)
+    for j in range(bits.size):
+        words[j] = i32(bits[j]) << i32(16)
+
+
+@_jit
+def _rms_norm(first: int, last: int, x: Any, residual: Any, weight: Any, epsilon: Any, out: Any) -> None:
     """Rows ``first`` to ``last`` of bf16 bits [n, C]."""
-    line = np.empty(x.shape[1], np.float32)
+    size = x.shape[1]
+    line, other, scale = np.empty(size, np.float32), np.empty(size, np.float32), np.empty(size, np.float32)
+    _widen(weight, scale)
     for r in range(first, last):
-        row, to = x[r], out[r]
-        words = line.view(np.int32)
-        for j in range(row.size):
-            words[j] = i32(row[j]) << i32(16)
+        to = out[r]
+        _widen(x[r], line)
+        if len(residual):
+            stream = residual[r]
+            _widen(stream, other)
+            for j in range(size):
+                line[j] += other[j]
+                stream[j] = to_bf16(line[j])
         total = f32(0.0)
-        for j in range(line.size):
+        for j in range(size):
             total += line[j] * line[j]
-        factor = f32(1.0) / np.sqrt(total / f32(line.size) + epsilon)
-        for j in range(line.size):
-            to[j] = to_bf16(line[j] * factor * weight[j])
+        factor = f32(1.0) / np.sqrt(total / f32(size) + epsilon)
+        for j in range(size):
+            to[j] = to_bf16(line[j] * factor * scale[j])
 
 
 @_parallel
-def rms_norm(parts: int, x: Any, weight: Any, epsilon: Any, out: Any) -> None:
-    """``out`` = x / sqrt(mean x^2 + epsilon) * weight: bf16 bits [n, C], float32 weight [C], on ``parts`` threads."""
+def rms_norm(parts: int, x: Any, residual: Any, weight: Any, epsilon: Any, out: Any) -> None:
+    """``out`` = x / sqrt(mean x^2 + epsilon) * weight, all bf16 bits: [n, C], weight [C]; on ``parts`` threads.
+
+    Where ``residual`` has rows, x is added to it first, in place, and the sum's norm is taken.
+    """
     count = len(x)
     for part in prange(parts):
-        _rms_norm(count * part // parts, count * (part + 1) // parts, x, weight, epsilon, out)
+        _rms_norm(count * part // parts, count * (part + 1) // parts, x, residual, weight, epsilon, out)
+
+
+@_jit
+def _silu_mul(first: int, last: int, x: Any, out: Any) -> None:
+    size = out.shape[1]
+    gates, through = np.empty(size, np.float32), np.empty(size, np.float32)
+    for r in range(first, last):
+        to = out[r]
+        _widen(x[r, :size], gates)
+        _widen(x[r, size:], through)
+        for j in range(size):
+            to[j] = to_bf16(_gated(gates[j], through[j]))
+
+
+@_parallel
+def silu_mul(parts: int, x: Any, out: Any) -> None:
+    """``out`` [n, F] = silu(x[:, :F]) * x[:, F:], bf16 bits, on ``parts`` threads."""
+    count = len(x)
+    for part in prange(parts):
+        _silu_mul(count * part // parts, count * (part + 1) // parts, x, out)

@@ -7,7 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-SHARED = ("sampling", "stats", "runtime", "threads", "vllm_engine", "pages", "provenance", "drafters.vocabulary")
+SHARED = (
+    "sampling",
+    "stats",
+    "runtime",
+    "threads",
+    "compiled",
+    "vllm_engine",
+    "pages",
+    "provenance",
+    "drafters.vocabulary",
+)
 
 
 def imported(package: str) -> Iterator[tuple[str, str]]:

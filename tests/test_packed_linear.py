@@ -8,7 +8,7 @@ from torch import nn
 
 from onpolicy.doctor.costs import tensor_bytes
 from onpolicy.losses._bf16_products import available
-from onpolicy.packed_linear import PackedGate, PackedLinear, rms_norm
+from onpolicy.packed_linear import PackedGate, PackedLinear, rms_norm, silu_mul
 from onpolicy.teachers import packed
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16")
@@ -49,9 +49,26 @@ def test_gates(shape: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("width", (1, 16, 575))
 def test_norms(width: int) -> None:
-    x, weight = torch.randn(5, width).bfloat16(), torch.randn(width)
-    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight
-    assert torch.allclose(rms_norm(x, weight, 1e-5).double(), exact, rtol=2**-8, atol=0)
+    x, stream, weight = (
+        torch.randn(5, width).bfloat16(),
+        torch.randn(5, width).bfloat16(),
+        torch.randn(width).bfloat16(),
+    )
+
+    def exact(states: torch.Tensor) -> torch.Tensor:
+        return states / (states.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+
+    assert torch.allclose(rms_norm(x, weight, 1e-5).double(), exact(x.double()), rtol=2**-8, atol=0)
+    total = x.double() + stream.double()
+    found = rms_norm(x, weight, 1e-5, stream)
+    assert torch.allclose(found.double(), exact(total), rtol=2**-8, atol=1e-6)
+    assert torch.equal(stream, total.bfloat16())
+
+
+def test_gates_alone() -> None:
+    x = 10 * torch.randn(3, 2, 66).bfloat16()
+    exact = nn.functional.silu(x[..., :33].double()) * x[..., 33:].double()
+    assert torch.allclose(silu_mul(x).double(), exact, rtol=2**-8, atol=1e-30)
 
 
 def tiny_llama(**options):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from onpolicy.rollouts.base import ClosingSampler, Progress, check_room, completion_seed, make_rollout
+from onpolicy.rollouts.vllm_layers import quicken
 from onpolicy.rollouts.vllm_weights import reload_weights, repack_tied_head
 from onpolicy.types import Prompt, Rollout, SamplingParams, Source
 from spec.vllm_engine import caller_state_kept, checked, quiet, start_engine, stop_engine
@@ -74,6 +75,7 @@ class VLLMSampler(ClosingSampler):
         from onpolicy.rollouts.vllm_draw import install
 
         self._draw = install(self._runner, used_ids)
+        quicken(self._runner.get_model())
         repack_tied_head(self._runner.get_model())
 
     def generate(

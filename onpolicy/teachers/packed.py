@@ -108,7 +108,7 @@ class _MLP(nn.Module):
 class _RMSNorm(nn.Module):
     def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
-        self._weight, self._epsilon = weight.detach().float(), epsilon
+        self._weight, self._epsilon = weight.detach().clone(), epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self._weight, self._epsilon)
