@@ -100,6 +100,26 @@ def test_the_draw_has_exactly_the_processed_distribution() -> None:
         assert float((counts / steps - want).abs().max()) <= 2 / steps
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([1, 2, 255, 256, 257, 1000]), st.floats(0.0, 1.0, exclude_max=True), st.integers(0, 10**6),
+    st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_an_untruncated_draw_is_the_smallest_token_whose_cdf_exceeds_the_uniform(size, u, seed, temperature, dtype):
+    """By the compiled pass: at the edges of its blocks, beside tokens that cannot be drawn, for padded rows."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (4 * torch.randn(3, size + 8, generator=generator)).to(dtype)[:, :size]
+    logits[:, torch.rand(size, generator=generator) < 0.5] = -torch.inf
+    logits[:, seed % size] = 0.0
+    tokens, logprobs = draw_tokens(logits, np.full(3, u), SamplingParams(temperature=temperature))
+    log_law = (logits.double() / temperature).log_softmax(-1)
+    cdf = log_law.exp().cumsum(1)
+    for row, token in enumerate(tokens.tolist()):
+        assert log_law[row, token] > -torch.inf
+        assert (cdf[row, token - 1] if token else 0.0) - 2e-6 <= u <= cdf[row, token] + 2e-6
+        assert abs(logprobs[row] - log_law[row, token]) <= 1e-5 * (1 + abs(log_law[row, token]))
+
+
 def test_logprobs_of_the_draw_are_those_of_the_processed_distribution() -> None:
     logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
     uniform = uniforms(np.arange(64, dtype=np.uint64), np.zeros(64))
@@ -114,9 +134,13 @@ def test_logprobs_of_the_draw_are_those_of_the_processed_distribution() -> None:
 
 def test_a_model_that_returns_nan_is_an_error_not_a_token() -> None:
     logits = torch.zeros(2, 10)
-    logits[1, 3] = float("nan")
+    for bad in (float("nan"), -float("nan"), float("inf")):
+        logits[1, 3] = bad
+        with pytest.raises(NonFiniteLogits):
+            draw_tokens(logits, np.zeros(2), SamplingParams())
+    logits[1] = -float("inf")
     with pytest.raises(NonFiniteLogits):
-        draw_tokens(logits, np.zeros(2), SamplingParams())
+        draw_tokens(logits, np.zeros(2), SamplingParams(temperature=0.5))
     with pytest.raises(RuntimeError, match="position 1 of prompt 'a'"):
         make_rollout(Prompt("a", (1,)), 0, [4, 5], [-1.0, float("-inf")], (), 0, "student")
 

@@ -44,15 +44,15 @@ def _place(weights: Any, share: float) -> tuple[int, float]:
     total = 0.0
     for i in range(weights.size):
         total += weights[i]
-    # Rounding must not carry the target to the total: no index would be left.
-    target = min(share * total, np.nextafter(total, 0.0))
-    upper = 0.0
+    target, upper, last = share * total, 0.0, -1
     for i in range(weights.size):
         lower = upper
         upper += weights[i]
-        if target < upper:
-            return i, min(max((target - lower) / weights[i], 0.0), 1.0 - 2.0**-53)
-    return -1, 0.0  # not reached: the last sum is the total
+        if weights[i] > 0.0:
+            if target < upper:
+                return i, min(max((target - lower) / weights[i], 0.0), 1.0 - 2.0**-53)
+            last = i
+    return last, 1.0 - 2.0**-53  # the two sums round differently, or the share rounds to the whole
 
 
 @_jit
