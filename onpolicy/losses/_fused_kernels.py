@@ -30,7 +30,6 @@ _LOWEST = f32(-3e38)
 _INFINITE = 1e30  # no divergence of finite logits is as large
 _TINY = f32(1.2e-38)
 _jit = njit(**REPRODUCIBLE, fastmath=MATH)
-_inline = njit(cache=True, nogil=True, error_model="numpy", fastmath=MATH, inline="always")
 _parallel = njit(cache=True, nogil=True, error_model="numpy", parallel=True)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from onpolicy.types import SamplingParams
-from spec.sampling import GREEDY_BELOW, check_finite, processed_logprobs, processed_probs
+from spec.sampling import GREEDY_BELOW, NonFiniteLogits, processed_logprobs, processed_probs
 
 _BLOCK = 128  # near the square root of a usual V, so that both levels of the search cost the same
 
@@ -50,7 +50,7 @@ def _draw_from_all(logits: torch.Tensor, uniform: np.ndarray, temperature: float
     inverse = np.float32(1 / temperature)
     kernels.draw(torch.get_num_threads(), scores.numpy(), inverse, uniform, tokens.numpy(), logprobs.numpy())
     if bool((tokens < 0).any()):
-        check_finite(scores, temperature=temperature)
+        raise NonFiniteLogits("model", (tokens < 0).nonzero().flatten().tolist())
     return tokens, logprobs
 
 
