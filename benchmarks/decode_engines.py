@@ -156,7 +156,7 @@ class VLLM(Runner):
                 "prompt_lookup_min": 2,
                 "prompt_lookup_max": 4,
             }  # as our drafter's defaults
-        options = {} if speculative is None else {
+        options: dict[str, Any] = {} if speculative is None else {
             "speculative_config": speculative | {"num_speculative_tokens": plan.length(side)}
         }  # fmt: skip
         self._engine: Any = start_engine(

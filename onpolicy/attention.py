@@ -12,6 +12,7 @@ Shape legend: R rows, L positions of a row, S completions, M positions of the lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,9 +29,28 @@ class Layout:
 
     gather: torch.Tensor  # [S, M] int64 into R*L; padding points anywhere
     scatter: torch.Tensor  # [R*L] int64 into S*M; a prompt's positions point into its first completion
+    spans: torch.Tensor  # [S, 2] int64: the positions that are scattered, from the first on, and where padding begins
+
+    @staticmethod
+    def plain(rows: int, length: int) -> Layout:
+        """Every row one sequence without padding."""
+        order = torch.arange(rows * length)
+        return Layout(order.view(rows, length), order, torch.tensor([0, length]).expand(rows, 2).contiguous())
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(self.gather.to(device), self.scatter.to(device))
+        return Layout(self.gather.to(device), self.scatter.to(device), self.spans.to(device))
+
+    @cached_property
+    def sources(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Places [places] in S*M that hold position 0 of R*L, position 1, ..., and where each one's begin [R*L + 1].
+
+        Padding is left out.
+        """
+        filled = (torch.arange(self.gather.shape[1]) < self.spans[:, 1:].cpu()).flatten().nonzero()[:, 0]
+        positions = self.gather.cpu().flatten()[filled]
+        order = positions.argsort(stable=True)
+        counts = positions.bincount(minlength=len(self.scatter))
+        return filled[order], torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def register() -> str:
@@ -67,14 +87,24 @@ def shared_prompt_attention(
     rows, heads, length, size = query.shape
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
     q, k, v = (_lay_out(states.to(dtype), shared_prompts.gather) for states in (query, key, value))
-    flat = _attend(q, k, v, size**-0.5 if scaling is None else scaling).reshape(-1, heads, size)
-    return flat.index_select(0, shared_prompts.scatter).view(rows, length, heads, size), None
+    scale = size**-0.5 if scaling is None else scaling
+    return attend_laid_out(q, k, v, scale, shared_prompts).view(rows, length, heads, size), None
 
 
-def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    """Causal attention of [S, M, H, D], by the faster of two ways."""
+def attend_laid_out(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, layout: Layout
+) -> torch.Tensor:
+    """Causal attention of [S, M, H, D] and keys and values [S, M, H_kv, D], back in rows: [R*L, H, D]."""
+    flat = _attend(query, key, value, scale, layout.spans).reshape(-1, *query.shape[2:])
+    return flat.index_select(0, layout.scatter)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, spans: torch.Tensor
+) -> torch.Tensor:
+    """[S, M, H, D], by the faster of two ways."""
     if fits(query):
-        return causal_attention(query, key, value, scale)
+        return causal_attention(query, key, value, scale, spans)
     q, k, v = (states.transpose(1, 2) for states in (query, key, value))
     attended = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     return attended.transpose(1, 2)

@@ -140,12 +140,13 @@ def _softmax_row(row, seen, scale, out):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _attend(first, last, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
+def _attend(first, last, query, key, value, scale, spans, out, normalisers):  # type: ignore[no-untyped-def]
     """softmax(scale * query @ key.T, causal) @ value, of the key heads ``first`` to ``last`` of all S * K.
 
-    query, key, value: words [S, M, H or K, P]. out: bf16 bits [S, M, H, 2 P]. normalisers: [S, K, R] float32, as of
-    :func:`softmax`. Scores are float32, and probabilities bf16 where they meet the values. A block of 12 queries
-    multiplies the keys that its last query sees, so half of the products of all pairs is left out.
+    query, key, value: words [S, M, H or K, P]. spans: [S, 2], the positions whose results are needed. out: bf16 bits
+    [S, M, H, 2 P]. normalisers: [S, K, R] float32, as of :func:`softmax`. Scores are float32, and probabilities bf16
+    where they meet the values. A block of 12 queries multiplies the keys that its last query sees, so half of the
+    products of all pairs is left out.
     """
     _, positions, heads, pairs = query.shape
     shared = key.shape[2]
@@ -164,9 +165,10 @@ def _attend(first, last, query, key, value, scale, out, normalisers):  # type: i
         s, h = job // shared, job % shared
         _pack_keys(key[s, :, h], keys)
         _pack_values(value[s, :, h], values)
+        begin, stop = spans[s, 0] // HEIGHT * HEIGHT, spans[s, 1]
         for g in range(group):
             head = h * group + g
-            for start in range(0, positions, HEIGHT):
+            for start in range(begin, stop, HEIGHT):
                 rows = min(HEIGHT, positions - start)
                 if rows < HEIGHT:  # 12 are read
                     for i in range(rows):
@@ -178,8 +180,8 @@ def _attend(first, last, query, key, value, scale, out, normalisers):  # type: i
                     if rows < HEIGHT:
                         product(last_rows, 0, pairs, 1, key_words, at, pairs, score_words, to, stride)
                     else:
-                        begin = ((s * positions + start) * heads + head) * pairs
-                        product(left, begin, heads * pairs, 1, key_words, at, pairs, score_words, to, stride)
+                        at_row = ((s * positions + start) * heads + head) * pairs
+                        product(left, at_row, heads * pairs, 1, key_words, at, pairs, score_words, to, stride)
                 for i in range(rows):
                     normaliser = _softmax_row(scores[i, :reach], start + i + 1, scale, probs[i, :reach])
                     normalisers[s, h, g * positions + start + i] = normaliser
@@ -195,11 +197,11 @@ def _attend(first, last, query, key, value, scale, out, normalisers):  # type: i
 
 
 @_parallel
-def attend(parts, query, key, value, scale, out, normalisers):  # type: ignore[no-untyped-def]
+def attend(parts, query, key, value, scale, spans, out, normalisers):  # type: ignore[no-untyped-def]
     """All key heads of all sequences, see :func:`_attend`, on ``parts`` threads."""
     count = len(query) * key.shape[2]
     for part in numba.prange(parts):
-        _attend(count * part // parts, count * (part + 1) // parts, query, key, value, scale, out, normalisers)
+        _attend(count * part // parts, count * (part + 1) // parts, query, key, value, scale, spans, out, normalisers)
 
 
 @_jit
@@ -239,12 +241,15 @@ def _copy_narrow(sums, out, at):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def _attend_backward(first, last, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value):  # type: ignore[no-untyped-def]
+def _attend_backward(  # type: ignore[no-untyped-def]
+    first, last, query, key, value, grad, bits, out, normalisers, scale, spans, d_query, d_key, d_value
+):
     """Gradients by query, key and value, of the key heads ``first`` to ``last`` of all S * K.
 
     query, key, value, grad (by the output): words, as of :func:`_attend`. bits, out: ``grad`` and the output as
-    bf16 bits [S, M, H, D]. d_query, d_key, d_value: bf16 bits [S, M, H or K, D]. Scores and probabilities are computed
-    again for 12 queries at a time; those of all queries of a head then stand in pairs for the sums over queries.
+    bf16 bits [S, M, H, D], which are not read outside the spans. d_query, d_key, d_value: bf16 bits [S, M, H or K, D].
+    Scores and probabilities are computed again for 12 queries at a time; those of all queries of a head then stand in
+    pairs for the sums over queries.
     """
     _, positions, heads, pairs = query.shape
     shared, size = key.shape[2], 2 * pairs
@@ -273,11 +278,15 @@ def _attend_backward(first, last, query, key, value, grad, bits, out, normaliser
         _pack_values(key[s, :, h], key_rows)
         d_keys[:] = 0
         d_values[:] = 0
+        begin, stop = spans[s, 0] // HEIGHT * HEIGHT, spans[s, 1]
+        stop = min(begin + -(-(stop - begin) // HEIGHT) * HEIGHT, positions)
         for g in range(group):
             head = h * group + g
+            d_query[s, :begin, head] = 0
+            d_query[s, stop:, head] = 0
             _pack_values(query[s, :, head], query_rows)
             _pack_values(grad[s, :, head], grad_rows)
-            for start in range(0, positions, HEIGHT):
+            for start in range(begin, stop, HEIGHT):
                 rows = min(HEIGHT, positions - start)
                 end = start + rows
                 reach = -(-end // WIDTH) * WIDTH
@@ -314,10 +323,11 @@ def _attend_backward(first, last, query, key, value, grad, bits, out, normaliser
                     at = side * halves * WIDTH
                     product(slope_words, 0, stride // 2, 1, key_rows.reshape(-1), at, -(-end // 2), flat, 0, WIDTH)
                     _copy_narrow(block, d_query[s, start:end, head], side * WIDTH)
-            for start in range(0, positions, HEIGHT):  # keys, seen by the queries from there on
-                left, count = start // 2 * stride + start, halves - start // 2
+            for start in range(0, stop, HEIGHT):  # keys, seen by the queries from there on
+                pair = max(start, begin) // 2
+                left, count = pair * stride + start, -(-stop // 2) - pair
                 for side in range(sides):
-                    at, to = (side * halves + start // 2) * WIDTH, start * sides * WIDTH + side * WIDTH
+                    at, to = (side * halves + pair) * WIDTH, start * sides * WIDTH + side * WIDTH
                     added_product(
                         prob_pairs.reshape(-1), left, 1, stride, grad_rows.reshape(-1), at, count,
                         d_values.reshape(-1), to, sides * WIDTH,
@@ -331,9 +341,13 @@ def _attend_backward(first, last, query, key, value, grad, bits, out, normaliser
 
 
 @_parallel
-def attend_backward(parts, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value):  # type: ignore[no-untyped-def]
+def attend_backward(  # type: ignore[no-untyped-def]
+    parts, query, key, value, grad, bits, out, normalisers, scale, spans, d_query, d_key, d_value
+):
     """All key heads of all sequences, see :func:`_attend_backward`, on ``parts`` threads."""
     count = len(query) * key.shape[2]
     for part in numba.prange(parts):
         first, last = count * part // parts, count * (part + 1) // parts
-        _attend_backward(first, last, query, key, value, grad, bits, out, normalisers, scale, d_query, d_key, d_value)
+        _attend_backward(
+            first, last, query, key, value, grad, bits, out, normalisers, scale, spans, d_query, d_key, d_value
+        )

@@ -26,7 +26,7 @@ class Batch:
 
     input_ids: torch.Tensor  # [R, L] int64; the last token of a completion is never an input: nothing follows it
     position_ids: torch.Tensor  # [R, L] int64, continuing from the prompt in every completion
-    layout: Layout | None  # how completions that share a row attend; None where every row is one sequence
+    layout: Layout | None  # how the completions of a row attend; None where prompts are not shared: a row is a sequence
     predict: torch.Tensor  # [N] int64, index into R*L of the position whose hidden state predicts the token
     token_ids: torch.Tensor  # [N] int64, the sampled tokens
     sequence_ids: torch.Tensor  # [N] int64, which rollout of `indices` a token belongs to, 0..B-1, non-decreasing
@@ -61,12 +61,12 @@ def pack(rollouts: Sequence[Rollout], token_budget: int, *, share_prompts: bool 
     longest = 0
     for r in order:
         if current and (len(current) + 1) * longest > token_budget:
-            batches.append(_collate(rollouts, current, pad_id))
+            batches.append(_collate(rollouts, current, pad_id, share_prompts))
             current = []
         longest = lengths[r] if not current else longest
         current.append(rows[r])
     if current:
-        batches.append(_collate(rollouts, current, pad_id))
+        batches.append(_collate(rollouts, current, pad_id, share_prompts))
     return batches
 
 
@@ -91,7 +91,7 @@ def _row_length(rollouts: Sequence[Rollout], row: list[int]) -> int:
     return len(rollouts[row[0]].prompt.token_ids) + sum(len(rollouts[i]) - 1 for i in row)
 
 
-def _collate(rollouts: Sequence[Rollout], rows: list[list[int]], pad_id: int) -> Batch:
+def _collate(rollouts: Sequence[Rollout], rows: list[list[int]], pad_id: int, share_prompts: bool) -> Batch:
     width = max(_row_length(rollouts, row) for row in rows)
     input_ids = np.full((len(rows), width), pad_id, np.int64)
     positions = np.zeros((len(rows), width), np.int64)
@@ -112,7 +112,7 @@ def _collate(rollouts: Sequence[Rollout], rows: list[list[int]], pad_id: int) ->
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
-        layout=_layout(sequences, input_ids.size) if len(members) > len(rows) else None,
+        layout=_layout(sequences, input_ids.size) if share_prompts else None,
         predict=torch.from_numpy(np.concatenate(predict)),
         token_ids=torch.from_numpy(np.concatenate([rollouts[i].completion_ids for i in members]).astype(np.int64)),
         sequence_ids=torch.repeat_interleave(torch.tensor([len(rollouts[i]) for i in members])),
@@ -125,11 +125,15 @@ def _layout(sequences: list[np.ndarray], positions: int) -> Layout:
     """The completions laid out alone, each padded at its end with position 0."""
     longest = max(map(len, sequences))
     gather = np.zeros((len(sequences), longest), np.int64)
-    scatter = np.zeros(positions, np.int64)
-    for s in reversed(range(len(sequences))):  # so that a prompt's positions point into its first completion
-        gather[s, : len(sequences[s])] = sequences[s]
-        scatter[sequences[s]] = s * longest + np.arange(len(sequences[s]))
-    return Layout(torch.from_numpy(gather), torch.from_numpy(scatter))
+    scatter = np.full(positions, -1, np.int64)
+    spans = np.zeros((len(sequences), 2), np.int64)
+    for s, sequence in enumerate(sequences):
+        gather[s, : len(sequence)] = sequence
+        known = int((scatter[sequence] >= 0).sum())  # its prompt's, where an earlier completion has it
+        scatter[sequence[known:]] = s * longest + np.arange(known, len(sequence))
+        spans[s] = known, len(sequence)
+    scatter[scatter < 0] = 0  # a row's padding points anywhere
+    return Layout(torch.from_numpy(gather), torch.from_numpy(scatter), torch.from_numpy(spans))
 
 
 def text_rollout(prompt: Prompt, completion_ids: Sequence[int], policy_version: int = 0) -> Rollout:

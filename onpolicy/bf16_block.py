@@ -206,6 +206,56 @@ narrow_flat_product = _fetching_block(height=FLAT, width=BROAD, narrow=True)
 """As :data:`flat_product`, rounded to bf16 (to nearest, ties to even): ``out`` holds 16-bit words."""
 
 
+def _rounded(builder: Any, low: Any, high: Any) -> Any:
+    """Two vectors of 16 float32 -> 32 bf16, the first one's before the second's; to nearest, ties to even."""
+    single, both = ir.VectorType(ir.FloatType(), LANES), ir.VectorType(_BFloat(), 2 * LANES)
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    convert = cgutils.get_or_insert_function(builder.module, ir.FunctionType(both, (single, single)), name)
+    return builder.call(convert, [high, low])
+
+
+def _data(context: Any, builder: Any, signature: Any, arguments: Any, i: int) -> Any:
+    """Where argument ``i``, an array, begins."""
+    return cgutils.create_struct_proxy(signature.args[i])(context, builder, value=arguments[i]).data
+
+
+def _lanes(builder: Any, base: Any, at: Any) -> Any:
+    """The 16 words from element ``at`` on, as float32."""
+    place = builder.bitcast(builder.gep(base, [at]), ir.VectorType(ir.FloatType(), LANES).as_pointer())
+    return builder.load(place, align=4)
+
+
+@intrinsic
+def narrow(typing_context: Any, source: Any, source_at: Any, to: Any, to_at: Any) -> Any:
+    """32 float32 of ``source`` (or their bits) -> the 16 words of their bf16 values."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base, out = (_data(context, builder, signature, arguments, i) for i in (0, 2))
+        low, high = (_lanes(builder, base, builder.add(arguments[1], ir.IntType(64)(i))) for i in (0, LANES))
+        place = builder.gep(out, [arguments[3]])
+        value = _rounded(builder, low, high)
+        builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, to, types.int64), generate
+
+
+@intrinsic
+def narrow_pairs(typing_context: Any, source: Any, low_at: Any, high_at: Any, to: Any, to_at: Any) -> Any:
+    """16 float32 from ``low_at`` on and 16 from ``high_at`` on -> 16 words, each a pair of their bf16 values."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        base, out = (_data(context, builder, signature, arguments, i) for i in (0, 3))
+        value = _rounded(builder, *(_lanes(builder, base, at) for at in arguments[1:3]))
+        mask = [half * LANES + lane for lane in range(LANES) for half in range(2)]
+        value = builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(ir.IntType(32), 2 * LANES), mask))
+        place = builder.gep(out, [arguments[4]])
+        builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(source, types.int64, types.int64, to, types.int64), generate
+
+
 @intrinsic
 def transpose(
     typing_context: Any, source: Any, source_at: Any, stride: Any, to: Any, to_at: Any, to_stride: Any

@@ -34,39 +34,42 @@ def fits(query: Tensor) -> bool:
     return query.shape[1] <= _LONGEST or (available() and not (query.requires_grad and torch.is_grad_enabled()))
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor | None = None) -> Tensor:
     """softmax(scale * query @ key.T + causal mask) @ value.
 
     Args:
         query: [S, M, H, D] bf16. key, value: [S, M, K, D] bf16, K dividing H.
+        spans: [S, 2] int64, the first position whose result is used, and the one after the last; by default all.
 
-    Returns [S, M, H, D] bf16.
+    Returns [S, M, H, D] bf16, undefined outside the spans.
     """
-    return _CausalAttention.apply(query, key, value, scale)
+    if spans is None:
+        spans = torch.tensor([0, query.shape[1]]).expand(len(query), 2)
+    return _CausalAttention.apply(query, key, value, scale, spans)
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor) -> Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         sequences, positions, heads, _ = query.shape
         shared = key.shape[2]
         normalisers = torch.empty(sequences, shared, heads // shared * positions)
         forward = _by_own_kernel if _own(query) else _by_products
-        forward(query, key, value, scale, out, normalisers)
+        forward(query, key, value, scale, spans, out, normalisers)
         if any(ctx.needs_input_grad[:3]):
-            ctx.save_for_backward(query, key, value, out, normalisers)
+            ctx.save_for_backward(query, key, value, out, normalisers, spans)
             ctx.scale = scale
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, out, normalisers = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value, out, normalisers, spans = ctx.saved_tensors
         gradients = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
         backward = _backward_by_own_kernel if _own(query) else _backward_by_products
-        backward(query, key, value, grad, out, normalisers, ctx.scale, *gradients)
-        return *gradients, None  # type: ignore[return-value]
+        backward(query, key, value, grad, out, normalisers, ctx.scale, spans, *gradients)
+        return *gradients, None, None  # type: ignore[return-value]
 
 
 def _own(query: Tensor) -> bool:
@@ -74,30 +77,36 @@ def _own(query: Tensor) -> bool:
     return available() and query.shape[-1] % 2 == 0
 
 
-def _by_own_kernel(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
-    """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M]."""
+def _by_own_kernel(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor, out: Tensor, normalisers: Tensor
+) -> None:
+    """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M], within the spans at least."""
     from onpolicy import attention_kernels as kernels
 
     words = [_words(states) for states in (query, key, value)]
-    kernels.attend(torch.get_num_threads(), *words, np.float32(scale), _bits(out), normalisers.numpy())
+    kernels.attend(
+        torch.get_num_threads(), *words, np.float32(scale), spans.contiguous().numpy(), _bits(out), normalisers.numpy()
+    )
 
 
 def _backward_by_own_kernel(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normalisers: Tensor, scale: float,
-    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    spans: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor,
 ) -> None:  # fmt: skip
-    """Fills the last three, of the shapes of query, key and value."""
+    """Fills the last three, of the shapes of query, key and value; ``grad`` and ``out`` count within the spans."""
     from onpolicy import attention_kernels as kernels
 
     words = [_words(states) for states in (query, key, value, grad)]
     kernels.attend_backward(
         torch.get_num_threads(), *words, _bits(grad.contiguous()), _bits(out), normalisers.numpy(), np.float32(scale),
-        _bits(d_query), _bits(d_key), _bits(d_value),
+        spans.contiguous().numpy(), _bits(d_query), _bits(d_key), _bits(d_value),
     )  # fmt: skip
 
 
-def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, normalisers: Tensor) -> None:
-    """The same."""
+def _by_products(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor, out: Tensor, normalisers: Tensor
+) -> None:
+    """The same, at all positions."""
     from onpolicy import attention_kernels as kernels
 
     shared = key.shape[2]
@@ -111,9 +120,9 @@ def _by_products(query: Tensor, key: Tensor, value: Tensor, scale: float, out: T
 
 def _backward_by_products(
     query: Tensor, key: Tensor, value: Tensor, grad: Tensor, out: Tensor, normalisers: Tensor, scale: float,
-    d_query: Tensor, d_key: Tensor, d_value: Tensor,
+    spans: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor,
 ) -> None:  # fmt: skip
-    """The same."""
+    """The same, from gradients that are zero outside the spans."""
     from onpolicy import attention_kernels as kernels
 
     shared = key.shape[2]

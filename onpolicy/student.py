@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from onpolicy.layers.replace import quicken_layers
 from onpolicy.models import base_model, head_weight, hidden_states, load_causal_lm, used_rows
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Student:
         elif self._head_is_trained() and base_model(model).config.tie_word_embeddings:
             # The embedding's own gradient is a few rows, added to the head's where that already is.
             base_model(model).get_input_embeddings().sparse = True
+        if precision == torch.bfloat16:
+            quicken_layers(model)
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states [N, D] of the batch's completion tokens in the working precision, and the head [V, D] itself.

@@ -10,7 +10,7 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +49,14 @@ def checked(model_dir: str | Path) -> str:
     return str(model_dir)
 
 
-def start_engine(kv_cache_gib: float | None, **options: Any) -> LLMEngine:
+def start_engine(
+    kv_cache_gib: float | None,
+    building: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+    **options: Any,
+) -> LLMEngine:
     """An engine of the given ``EngineArgs``, in this process. ValueError when vLLM cannot be imported.
+
+    ``building``: entered, once vLLM is imported, while the engine is built.
 
     ``kv_cache_gib`` None: what ``VLLM_CPU_KVCACHE_SPACE`` says, else room for as many of the longest requests as may
     run together, up to 4 GiB.
@@ -88,7 +94,8 @@ def start_engine(kv_cache_gib: float | None, **options: Any) -> LLMEngine:
             config.cache_config.kv_cache_memory_bytes = int(kv_cache_gib * 2**30)
         elif not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
             config.cache_config.kv_cache_memory_bytes = min(_cache_bytes(config), LARGEST_CACHE)
-        return LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        with contextlib.nullcontext() if building is None else building():
+            return LLMEngine.from_vllm_config(config, disable_log_stats=True)
 
 
 def _cache_bytes(config: Any) -> int:

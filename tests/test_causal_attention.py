@@ -71,6 +71,24 @@ def test_the_own_kernel_takes_no_notice_of_what_lies_around() -> None:
     assert torch.equal(once, causal_attention(*views, 0.2))
 
 
+@OWN
+@settings(max_examples=25, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(1, 70), st.integers(1, 3), st.sampled_from([6, 16, 64]))
+def test_spans_change_nothing_within_them(data, sequences, positions, group, size) -> None:
+    """Results in the spans, and gradients of anything in them, are to the bit what they are without."""
+    *inputs, grad = problem(sequences, positions, 2, group, size)
+    ends = [data.draw(st.integers(1, positions)) for _ in range(sequences)]
+    spans = torch.tensor([[data.draw(st.integers(0, end)), end] for end in ends])
+    order = torch.arange(positions)
+    inside = ((order >= spans[:, :1]) & (order < spans[:, 1:]))[..., None, None]
+    states = [x.requires_grad_() for x in inputs]
+    whole, part = causal_attention(*states, 0.2), causal_attention(*states, 0.2, spans)
+    assert torch.equal(whole.where(inside, 0), part.where(inside, 0))
+    grad = grad.where(inside, 0)
+    for a, b in zip(torch.autograd.grad(whole, states, grad), torch.autograd.grad(part, states, grad), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_no_position_sees_a_later_one() -> None:
     query, key, value, _ = problem(2, 12, 1, 3, 16)
     before = causal_attention(query, key, value, 0.25)

@@ -21,6 +21,11 @@ if torch.cpu.get_capabilities().get("avx512_bf16"):
 
     states = [torch.randn(2, 50, heads, 32).bfloat16() for heads in (4, 2, 2)]
     outputs.append(causal_attention(*states, 0.2).float())
+    from onpolicy.layers.trained import rms_norm
+
+    x, weight = torch.randn(5, 100, requires_grad=True), torch.randn(100, requires_grad=True)
+    rms_norm(x, weight, 1e-5).backward(torch.randn(5, 100).bfloat16())
+    outputs += [x.grad, weight.grad]
 print(hashlib.md5(b"".join(output.numpy().tobytes() for output in outputs)).hexdigest())
 """
 

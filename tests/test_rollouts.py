@@ -242,7 +242,7 @@ def test_the_tied_head_fault_is_real_the_parity_check_sees_it_and_the_repair_men
     pytest.importorskip("vllm")
     from onpolicy.rollouts.vllm_draw import install
     from onpolicy.rollouts.vllm_local import VLLMSampler
-    from onpolicy.rollouts.vllm_weights import repack_tied_head
+    from onpolicy.rollouts.vllm_weights import own_products, repack_tied_head
 
     old, new = models
     prompts, params = some_prompts(3), SamplingParams(max_tokens=12, seed=1)
@@ -250,7 +250,8 @@ def test_the_tied_head_fault_is_real_the_parity_check_sees_it_and_the_repair_men
         first = sampler.generate(prompts, params)
         sampler.sync(weights(new).items(), policy_version=1)
         stale = sampler.generate(prompts, params)
-        repack_tied_head(sampler._runner.get_model())
+        with own_products():
+            repack_tied_head(sampler._runner.get_model())
         mended = sampler.generate(prompts, params)
         sampler._repair_tied_head = True
         sampler.sync(weights(old).items(), policy_version=2)

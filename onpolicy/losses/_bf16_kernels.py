@@ -10,12 +10,24 @@ from typing import Any
 import numpy as np
 from numba import njit, prange
 
-from onpolicy.bf16_block import HEIGHT, LANES, WIDTH, fetching_added_product, product, streamed_product, transpose
+from onpolicy.bf16_block import (
+    HEIGHT,
+    LANES,
+    WIDTH,
+    added_product,
+    fetching_added_product,
+    narrow,
+    narrow_pairs,
+    product,
+    streamed_product,
+    transpose,
+)
 from spec import threads
 
 threads.launch()
 
 STRIPE = 16 * HEIGHT  # rows of the head's gradient whose operand is packed at a time
+LINE = 64  # bytes that a cache fetches together
 DEPTH, GROUP = 192, 9  # rows of the head, and panels of its columns, multiplied at a time for the hidden's gradient
 u32: Any = np.uint32  # Any: numba gives these their types, not the annotations
 _jit = njit(cache=True, nogil=True, error_model="numpy")
@@ -47,11 +59,14 @@ def _pack_head(head: Any, start: int, width: int, pairs: int, rounded: Any, pane
     if width < WIDTH:
         panel[:] = 0
     if head.shape[1] != pairs:
+        bits, source, first = head.reshape(-1), rounded.reshape(-1), 0
         for j in range(width):
-            for k in range(pairs):
+            whole = pairs // LANES * LANES
+            for k in range(0, whole, LANES):
+                narrow(bits, (start + j) * head.shape[1] + 2 * k, source, j * pairs + k)
+            for k in range(whole, pairs):
                 low, high = _bf16(head[start + j, 2 * k]), _bf16(head[start + j, 2 * k + 1])
                 rounded[j, k] = low | (high << u32(16))
-        source, first = rounded.reshape(-1), 0
     else:
         source, first = head.reshape(-1), start * pairs
     squares = pairs // LANES if width == WIDTH else 0
@@ -108,21 +123,24 @@ def logits(parts: int, head: Any, hidden: Any, out: Any, aligned: bool) -> None:
 @_jit
 def _pack_pairs(head: Any, start: int, pairs: int, first: int, panels: Any) -> None:
     """Rows ``start`` to ``start + 2 pairs``, from column ``first`` on -> ``panels`` [S, P, 32] pairs along the rows."""
-    size, narrow = head.shape[1], head.itemsize == 2
-    line = np.zeros(len(panels) * WIDTH, np.uint32)
-    filled = line[: min(line.size, size - first)]
+    size, wide = head.shape[1], head.itemsize == 4
+    source, out, depth = head.reshape(-1), panels.reshape(-1), panels.shape[1]
     for k in range(pairs):
-        low, high = head[start + 2 * k, first:], head[start + 2 * k + 1, first:]
-        if narrow:
-            for j in range(filled.size):
-                filled[j] = u32(low[j]) | (u32(high[j]) << u32(16))
-        else:
-            for j in range(filled.size):
-                filled[j] = _bf16(u32(low[j])) | (_bf16(u32(high[j])) << u32(16))
+        row = (start + 2 * k) * size
         for panel in range(len(panels)):
-            to, part = panels[panel, k], line[panel * WIDTH :]
-            for j in range(WIDTH):
-                to[j] = part[j]
+            column, to = first + panel * WIDTH, panels[panel, k]
+            width = min(WIDTH, size - column)
+            if wide and width == WIDTH:
+                for half in range(0, WIDTH, LANES):
+                    at, place = row + column + half, (panel * depth + k) * WIDTH + half
+                    narrow_pairs(source, at, at + size, out, place)
+                continue
+            low, high = head[start + 2 * k, column:], head[start + 2 * k + 1, column:]
+            for j in range(width):
+                if wide:
+                    to[j] = _bf16(u32(low[j])) | (_bf16(u32(high[j])) << u32(16))
+                else:
+                    to[j] = u32(low[j]) | (u32(high[j]) << u32(16))
 
 
 @_jit
@@ -131,28 +149,46 @@ def _hidden_gradient(first: int, last: int, grad: Any, head: Any, total: Any) ->
 
     grad: words [n, V / 2]. head: bits of bf16 (uint16) or of float32 (uint32) [V, D].
     """
-    rows, size = len(grad), total.shape[1]
-    tiles, depth = len(total) // HEIGHT, DEPTH // 2
-    flat, source, inputs = total.reshape(-1), head.reshape(-1), head.shape[1]
+    rows, half = grad.shape
+    size, inputs, tiles, depth = total.shape[1], head.shape[1], len(total) // HEIGHT, DEPTH // 2
+    flat, source, slopes = total.reshape(-1), head.reshape(-1), grad.reshape(-1)
     # Rows of a gradient stand pages apart, where they would share the same few lines of the cache.
     left, panels = np.zeros((len(total), depth + LANES), np.uint32), np.zeros((last - first, depth, WIDTH), np.uint32)
     words, right, stride = left.reshape(-1), panels.reshape(-1), left.shape[1]
-    each = -(-len(panels) * WIDTH // depth)
-    for start in range(0, grad.shape[1], depth):
-        pairs = min(depth, grad.shape[1] - start)
+    # A product may fetch one line of ``depth`` rows of what the next round reads: of the head, then of the gradient.
+    line = LINE // head.itemsize
+    of_head, of_grad = -(-len(panels) * WIDTH // line) * 2, -(-depth // LANES) * -(-rows // depth)
+    every = max(1, len(panels) * tiles // (of_head + of_grad))
+    for start in range(0, half, depth):
+        pairs = min(depth, half - start)
         _pack_pairs(head, 2 * start, pairs, first * WIDTH, panels)
         for i in range(rows):
             to, row = left[i], grad[i, start:]
             for k in range(pairs):
                 to[k] = row[k]
+        following, turn = start + depth, 0
         for panel in range(len(panels)):
             for tile in range(tiles):
-                at, out = tile * HEIGHT * stride, tile * HEIGHT * size + (first + panel) * WIDTH
-                following = 2 * (start + depth) + min(panel * tiles + tile, DEPTH - 1)  # of the head, in the next round
-                fetching_added_product(
-                    words, at, stride, 1, right, panel * depth * WIDTH, pairs, flat, out, size,
-                    source, following * inputs + first * WIDTH, each,
-                )  # fmt: skip
+                at, to_right, out = (
+                    tile * HEIGHT * stride,
+                    panel * depth * WIDTH,
+                    tile * HEIGHT * size + (first + panel) * WIDTH,
+                )
+                index = panel * tiles + tile
+                turn = index // every
+                if index % every or turn >= of_head + of_grad:
+                    added_product(words, at, stride, 1, right, to_right, pairs, flat, out, size)
+                elif turn < of_head:
+                    begin = (2 * following + turn % 2 * depth) * inputs + first * WIDTH + turn // 2 * line
+                    fetching_added_product(
+                        words, at, stride, 1, right, to_right, pairs, flat, out, size, source, begin, inputs
+                    )
+                else:
+                    lines = -(-depth // LANES)
+                    begin = (turn - of_head) // lines * depth * half + following + (turn - of_head) % lines * LANES
+                    fetching_added_product(
+                        words, at, stride, 1, right, to_right, pairs, flat, out, size, slopes, begin, half
+                    )
 
 
 @_parallel
@@ -166,21 +202,32 @@ def hidden_gradient(parts: int, grad: Any, head: Any, total: Any) -> None:
 
 
 @_jit
-def pack_tokens(hidden: Any, panels: Any) -> None:
-    """bf16 bits [n, D] -> [ceil(D / 32), ceil(n / 2), 32] pairs along the tokens, filled up with zeros."""
+def _pack_tokens(first: int, last: int, hidden: Any, panels: Any) -> None:
+    """Panels ``first`` to ``last``."""
     rows, size = hidden.shape
-    for panel in range(panels.shape[0]):
+    for panel in range(first, last):
+        column = panel * WIDTH
+        width = min(WIDTH, size - column)
         for k in range(panels.shape[1]):
-            for j in range(WIDTH):
-                column = panel * WIDTH + j
-                low = u32(hidden[2 * k, column]) if column < size else u32(0)
-                high = u32(hidden[2 * k + 1, column]) if column < size and 2 * k + 1 < rows else u32(0)
-                panels[panel, k, j] = low | (high << u32(16))
+            low, high = hidden[2 * k, column:], hidden[min(2 * k + 1, rows - 1), column:]
+            keep, to = u32(0xFFFF) if 2 * k + 1 < rows else u32(0), panels[panel, k]
+            if width < WIDTH:
+                to[:] = 0
+            for j in range(width):
+                to[j] = u32(low[j]) | ((u32(high[j]) & keep) << u32(16))
+
+
+@_parallel
+def pack_tokens(parts: int, hidden: Any, panels: Any) -> None:
+    """bf16 bits [n, D] -> [ceil(D / 32), ceil(n / 2), 32] pairs along the tokens, filled up with zeros."""
+    count = len(panels)
+    for part in prange(parts):
+        _pack_tokens(count * part // parts, count * (part + 1) // parts, hidden, panels)
 
 
 @_jit
 def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> None:
-    """Rows STRIPE first : STRIPE last of ``total`` [V, D] float32 += grad.T [V, n] @ hidden [n, D].
+    """Rows 12 first : 12 last of ``total`` [V, D] float32 += grad.T [V, n] @ hidden [n, D].
 
     grad: bf16 bits [n, V]. hidden: from :func:`pack_tokens`.
     """
@@ -189,10 +236,9 @@ def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) ->
     size = total.shape[1]
     right, flat, source = hidden.reshape(-1), total.reshape(-1), grad.reshape(-1)
     each = -(-STRIPE // pairs)
-    stripe, block = np.empty(pairs * STRIPE, np.uint32), np.empty(HEIGHT * WIDTH, np.float32)
-    for part in range(first, last):
-        start = part * STRIPE
-        width = min(STRIPE, vocab - start)
+    stripe, block = np.zeros(pairs * STRIPE, np.uint32), np.empty(HEIGHT * WIDTH, np.float32)
+    for start in range(first * HEIGHT, min(last * HEIGHT, vocab), STRIPE):
+        width = min(STRIPE, last * HEIGHT - start, vocab - start)
         for k in range(pairs):
             low, high = grad[2 * k], grad[min(2 * k + 1, rows - 1)]
             keep = u32(0xFFFF) if 2 * k + 1 < rows else u32(0)
@@ -217,6 +263,6 @@ def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) ->
 @_parallel
 def head_gradient(parts: int, grad: Any, hidden: Any, total: Any) -> None:
     """All rows, see :func:`_head_gradient`, on ``parts`` threads."""
-    count = -(-grad.shape[1] // STRIPE)
+    count = -(-grad.shape[1] // HEIGHT)
     for part in prange(parts):
         _head_gradient(count * part // parts, count * (part + 1) // parts, grad, hidden, total)

@@ -62,7 +62,7 @@ def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
     bits, size = _bits(grad), hidden.shape[1]
     packed = np.empty((-(-size // WIDTH), -(-len(hidden) // 2), WIDTH), np.uint32)
-    kernels.pack_tokens(_bits(hidden), packed)
+    kernels.pack_tokens(torch.get_num_threads(), _bits(hidden), packed)
     kernels.head_gradient(torch.get_num_threads(), bits, packed, total.numpy())
 
 

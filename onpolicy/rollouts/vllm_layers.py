@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onpolicy.packed_linear import rms_norm, silu_mul, supports
+from onpolicy.layers.packed import rms_norm, silu_mul, supports
 
 
 def quicken(model: torch.nn.Module) -> None:

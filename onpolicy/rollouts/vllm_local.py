@@ -10,7 +10,7 @@ import torch
 
 from onpolicy.rollouts.base import ClosingSampler, Progress, check_room, completion_seed, make_rollout
 from onpolicy.rollouts.vllm_layers import quicken
-from onpolicy.rollouts.vllm_weights import reload_weights, repack_tied_head
+from onpolicy.rollouts.vllm_weights import own_products, reload_weights
 from onpolicy.types import Prompt, Rollout, SamplingParams, Source
 from spec.vllm_engine import caller_state_kept, checked, quiet, start_engine, stop_engine
 
@@ -62,6 +62,7 @@ class VLLMSampler(ClosingSampler):
         self._repair_tied_head = repair_tied_head
         self._request = 0
         self._engine: LLMEngine | None = start_engine(
+            building=own_products,
             model=checked(model_dir),
             dtype=dtype,
             max_model_len=max_model_len,
@@ -76,7 +77,6 @@ class VLLMSampler(ClosingSampler):
 
         self._draw = install(self._runner, used_ids)
         quicken(self._runner.get_model())
-        repack_tied_head(self._runner.get_model())
 
     def generate(
         self, prompts: Sequence[Prompt], params: SamplingParams, progress: Progress | None = None

@@ -7,12 +7,14 @@ keeps the copy made of the old matrix. Rollouts then come from new layers under 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
-from onpolicy.packed_linear import PackedLinear, supports
+from onpolicy.layers.packed import PackedLinear, supports
 
 
 def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], repair_tied_head: bool = True) -> None:
@@ -26,9 +28,42 @@ def reload_weights(runner: Any, weights: Iterable[tuple[str, torch.Tensor]], rep
     chosen = ((name, value.to(dtype)) for name, value in weights if not (tied and name == "lm_head.weight"))
     if repair_tied_head:
         _drop_packed_head(model)
-    runner.reload_weights(weights_iterator=chosen)
-    if repair_tied_head:
-        repack_tied_head(runner.get_model())
+    with own_products():
+        runner.reload_weights(weights_iterator=chosen)
+        if repair_tied_head:
+            repack_tied_head(runner.get_model())
+
+
+@contextmanager
+def own_products() -> Iterator[None]:
+    """Layers that vLLM packs meanwhile for a CPU's products are packed for ours, where these can be had.
+
+    A head's logits then are float32: vLLM's own are rounded to bf16, which moves log-probs by hundredths of a nat.
+    """
+    from vllm.model_executor.layers import utils
+
+    theirs = utils.dispatch_cpu_unquantized_gemm
+    utils.dispatch_cpu_unquantized_gemm = partial(_pack, theirs)
+    try:
+        yield
+    finally:
+        utils.dispatch_cpu_unquantized_gemm = theirs
+
+
+def _pack(theirs: Callable[..., None], layer: Any, remove_weight: bool) -> None:
+    """What vLLM's ``dispatch_cpu_unquantized_gemm`` does: ``layer.cpu_linear`` multiplies by a packed copy."""
+    kind = type(layer).__name__
+    if kind == "VocabParallelEmbedding":  # looks rows up and multiplies by nothing: a packed copy would lie idle
+        layer.cpu_linear = torch.nn.functional.linear
+        return
+    if layer.weight.is_meta or not supports(layer.weight):
+        theirs(layer, remove_weight)
+        return
+    layer.cpu_linear = None  # the old copy goes before the new one comes
+    product = PackedLinear(layer.weight, dtype=torch.float32 if kind == "ParallelLMHead" else layer.weight.dtype)
+    layer.cpu_linear = lambda x, weight, bias: product(x) if bias is None else product(x) + bias
+    if remove_weight:
+        layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
 def _drop_packed_head(model: torch.nn.Module) -> None:
@@ -39,20 +74,11 @@ def _drop_packed_head(model: torch.nn.Module) -> None:
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """Pack the head's matrix anew on a CPU; does nothing where the head multiplies by its weight itself.
-
-    Where :class:`~onpolicy.packed_linear.PackedLinear` can be had, logits then are float32: vLLM's own are rounded to
-    bf16, which moves log-probs by hundredths of a nat.
-    """
+    """Pack the head's matrix anew on a CPU; does nothing where the head multiplies by its weight itself."""
     head = getattr(model, "lm_head", None)
     # ``cpu_linear`` is the closure over the packed copy: without it there is no copy that could be stale.
     if head is None or not hasattr(head, "cpu_linear") or head.weight.numel() == 0:
         return
-    if supports(head.weight):
-        head.cpu_linear = None  # the old copy goes before the new one comes
-        product = PackedLinear(head.weight, dtype=torch.float32)
-        head.cpu_linear = lambda x, weight, bias: product(x) if bias is None else product(x) + bias
-        return
-    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+    from vllm.model_executor.layers import utils
 
-    dispatch_cpu_unquantized_gemm(head, remove_weight=False)
+    utils.dispatch_cpu_unquantized_gemm(head, remove_weight=False)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from onpolicy.layers.replace import pack_layers
 from onpolicy.models import head_weight, hidden_states
 from onpolicy.teachers import Score
-from onpolicy.teachers.packed import pack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+from onpolicy.attention import Layout, register
 from onpolicy.doctor.costs import tensor_bytes
+from onpolicy.layers.packed import PackedGate, PackedLinear, rms_norm, silu_mul
+from onpolicy.layers.replace import pack_layers
 from onpolicy.losses._bf16_products import available
-from onpolicy.packed_linear import PackedGate, PackedLinear, rms_norm, silu_mul
-from onpolicy.teachers import packed
 
 pytestmark = pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16")
 
@@ -77,23 +78,55 @@ def tiny_llama(**options):
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=300, num_key_value_heads=2, **sizes, **options)
+    config._attn_implementation = register()
     return LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False)
 
 
-def answer(model) -> torch.Tensor:
+def answer(model, layout: Layout | None = None) -> torch.Tensor:
     ids = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
-    return model.model(input_ids=ids, use_cache=False).last_hidden_state.double()
+    options = {} if layout is None else {"shared_prompts": layout}
+    return model.model(input_ids=ids, use_cache=False, **options).last_hidden_state.double()
 
 
-def test_a_packed_model_is_as_close_to_the_exact_one_as_it_was() -> None:
-    model, exact = tiny_llama(attention_bias=True), tiny_llama(attention_bias=True).double()
+@pytest.mark.parametrize("biased", (True, False))
+def test_a_packed_model_is_as_close_to_the_exact_one_as_it_was(biased: bool) -> None:
+    """With a layout of shared prompts and without one."""
+    model, exact = tiny_llama(attention_bias=biased), tiny_llama(attention_bias=biased).double()
+    layout = Layout.plain(2, 24)
     wanted, before = answer(exact), answer(model)
     size = tensor_bytes(model)
-    assert packed.pack_layers(model) == 2 * (4 + 1 + 2)
+    assert pack_layers(model) == 2 * (1 + 1 + 2)
     kinds = {type(module).__name__ for module in model.model.layers.modules()}
-    assert {"_Linear", "_MLP", "_RMSNorm"} <= kinds and "Linear" not in kinds
+    assert {"_Attention", "_MLP", "_RMSNorm"} <= kinds and "Linear" not in kinds
     assert tensor_bytes(model) >= size  # what it takes is still counted
-    assert (answer(model) - wanted).norm() <= 1.1 * (before - wanted).norm()
+    for found in (answer(model), answer(model, layout)):
+        assert (found - wanted).norm() <= 1.1 * (before - wanted).norm()
+
+
+def test_packed_attention_goes_on_from_a_cache() -> None:
+    model, ids = tiny_llama(), torch.arange(40)[None]
+    pack_layers(model)
+    whole = model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
+    first = model.model(input_ids=ids[:, :30], use_cache=True)
+    rest = model.model(input_ids=ids[:, 30:], past_key_values=first.past_key_values).last_hidden_state.float()
+    assert (rest - whole[:, 30:]).norm() <= 0.02 * rest.norm()
+
+
+@pytest.mark.parametrize("options", ({"attention_dropout": 0.1}, {"sliding_window": 8}))
+def test_attention_that_is_not_plain_keeps_its_own_way(options) -> None:
+    model = tiny_llama(**options)
+    assert pack_layers(model) == 2 * (4 + 1 + 2)
+    assert type(model.model.layers[0].self_attn).__name__ == "LlamaAttention"
+
+
+def test_attention_that_turns_nothing_keeps_its_own_way(monkeypatch) -> None:
+    """Its parts are those of rotary attention, and its layers are still packed."""
+    from transformers.models.llama import modeling_llama
+
+    model = tiny_llama()
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin: (q, k))
+    with pytest.warns(UserWarning, match="LlamaAttention by our kernels does not do what it did"):
+        assert pack_layers(model) == 2 * (4 + 1 + 2)
 
 
 def test_a_module_that_packing_changes_stays_as_it_is() -> None:
@@ -104,11 +137,11 @@ def test_a_module_that_packing_changes_stays_as_it_is() -> None:
         layer.mlp.forward = lambda x, original=original: 3 * original(x)
     before = answer(model)
     with pytest.warns(UserWarning, match="does not do what it did"):
-        assert packed.pack_layers(model) == 2 * (4 + 2)
+        assert pack_layers(model) == 2 * (1 + 3 + 2)  # the layers in it are
     after = answer(model)
     assert (after - before).norm() <= 0.02 * before.norm()
 
 
 def test_float32_models_are_left_alone() -> None:
     model = tiny_llama().float()
-    assert not packed.pack_layers(model) and "_Linear" not in repr(model)
+    assert not pack_layers(model) and "_Linear" not in repr(model)

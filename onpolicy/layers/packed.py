@@ -24,30 +24,38 @@ class PackedLinear(_Packed):
     """x [..., I] bf16 -> x @ weight.T + bias, [..., N].
 
     Args:
-        weight: [N, I] bf16, not kept.
+        weight: [N, I] bf16, not kept; I even.
         bias: [N] or None.
         dtype: of the result, bf16 or float32; sums are float32 in both.
+        transposed: multiply by ``weight`` [I, N] itself, as the gradient of a linear layer by its inputs does.
 
     A row's result depends on no other row.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.outputs, self.inputs = weight.shape
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        transposed: bool = False,
+    ) -> None:
+        self.outputs, self.inputs = weight.shape[::-1] if transposed else weight.shape
         self.bias, self.dtype = bias, dtype
-        self._panels = _packed(weight)
+        self._panels = _packed_transposed(weight) if transposed else _packed(weight)
+        self._none = np.empty((0, self.outputs), np.int16 if dtype == torch.float32 else np.float32)
 
     def __call__(self, x: Tensor) -> Tensor:
-        from onpolicy import packed_linear_kernels as kernels
+        from onpolicy.layers import packed_kernels as kernels
 
-        flat = x.reshape(-1, self.inputs)
+        flat = x if x.ndim == 2 else x.reshape(-1, self.inputs)
         out = torch.empty(len(flat), self.outputs, dtype=self.dtype)
-        none = out[:0]
-        wide, narrow = (out, none) if self.dtype == torch.float32 else (none, out)
-        kernels.multiply(
-            torch.get_num_threads(), _words(flat), self._panels, _as(wide, torch.float32), _as(narrow, torch.int16)
-        )
+        if self.dtype == torch.float32:
+            results = out.numpy(), self._none
+        else:
+            results = self._none, out.view(torch.int16).numpy()
+        kernels.multiply(torch.get_num_threads(), _words(flat), self._panels, *results)
         out = out if self.bias is None else out.add_(self.bias)
-        return out.view(*x.shape[:-1], self.outputs)
+        return out if x.ndim == 2 else out.view(*x.shape[:-1], self.outputs)
 
 
 class PackedGate(_Packed):
@@ -68,7 +76,7 @@ class PackedGate(_Packed):
         self._panels = _packed(interleaved)
 
     def __call__(self, x: Tensor) -> Tensor:
-        from onpolicy import packed_linear_kernels as kernels
+        from onpolicy.layers import packed_kernels as kernels
 
         flat = x.reshape(-1, self.inputs)
         out = torch.empty(len(flat), self.outputs, dtype=torch.bfloat16)
@@ -81,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None 
 
     Given ``residual`` (contiguous), x is added to it first, in place, and the sum's norm is taken.
     """
-    from onpolicy import packed_linear_kernels as kernels
+    from onpolicy.layers import packed_kernels as kernels
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(flat)
@@ -93,7 +101,7 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None 
 
 def silu_mul(x: Tensor) -> Tensor:
     """silu(x[..., :F]) * x[..., F:], rounded once: bf16 [..., 2 F] -> [..., F]."""
-    from onpolicy import packed_linear_kernels as kernels
+    from onpolicy.layers import packed_kernels as kernels
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(len(flat), flat.shape[1] // 2, dtype=torch.bfloat16)
@@ -101,29 +109,34 @@ def silu_mul(x: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def supports(weight: Tensor) -> bool:
-    """Whether a :class:`PackedLinear` can be made of this weight here."""
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+def supports(weight: Tensor, dtype: torch.dtype = torch.bfloat16) -> bool:
+    """Whether a :class:`PackedLinear` can be made here of this weight, stored in this dtype."""
+    on_cpu = weight.device.type == "cpu" and weight.dtype == dtype
     return on_cpu and weight.ndim == 2 and weight.shape[1] % 2 == 0 and available()
 
 
 def _packed(weight: Tensor) -> np.ndarray:
     """[N, I] bf16 -> words [ceil(N / 48), I / 2, 48]."""
-    from onpolicy import packed_linear_kernels as kernels
     from onpolicy.bf16_block import BROAD
+    from onpolicy.layers import packed_kernels as kernels
 
     panels = np.empty((-(-len(weight) // BROAD), weight.shape[1] // 2, BROAD), np.uint32)
     kernels.pack(torch.get_num_threads(), _words(weight), panels)
     return panels
 
 
+def _packed_transposed(weight: Tensor) -> np.ndarray:
+    """[I, N] bf16 -> words [ceil(N / 48), I / 2, 48]."""
+    from onpolicy.bf16_block import BROAD
+    from onpolicy.layers import packed_kernels as kernels
+
+    inputs, outputs = weight.shape
+    panels = np.empty((-(-outputs // BROAD), inputs // 2, BROAD), np.uint32)
+    bits = weight.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
+    kernels.pack_transposed(torch.get_num_threads(), bits, panels)
+    return panels
+
+
 def _words(matrix: Tensor) -> np.ndarray:
     """Pairs of bf16 values along the rows."""
     return matrix.detach().contiguous().view(torch.int32).numpy().view(np.uint32)
-
-
-def _as(out: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """The memory of ``out`` as another dtype; without rows, an array of its shape."""
-    return (
-        out.view(dtype).numpy() if len(out) else np.empty((0, out.shape[1]), torch.empty(0, dtype=dtype).numpy().dtype)
-    )

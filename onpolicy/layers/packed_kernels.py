@@ -1,4 +1,4 @@
-"""numba kernels of :mod:`onpolicy.packed_linear`, around :mod:`onpolicy.bf16_block`. Imported at first use.
+"""numba kernels of :mod:`onpolicy.layers.packed`, around :mod:`onpolicy.bf16_block`. Imported at first use.
 
 Shape legend: n rows, N outputs, P pairs of inputs.
 """
@@ -46,6 +46,30 @@ def pack(parts: int, weight: Any, panels: Any) -> None:
     count = len(panels)
     for part in prange(parts):
         _pack(count * part // parts, count * (part + 1) // parts, weight, panels)
+
+
+@_jit
+def _pack_transposed(first: int, last: int, weight: Any, panels: Any) -> None:
+    """Panels ``first`` to ``last`` of [ceil(I / 48), ceil(N / 2), 48] from bits [N, I], filled up with zeros."""
+    outputs, inputs = weight.shape
+    for panel in range(first, last):
+        column = panel * BROAD
+        width = min(BROAD, inputs - column)
+        for k in range(panels.shape[1]):
+            low, high = weight[2 * k, column:], weight[min(2 * k + 1, outputs - 1), column:]
+            keep, to = u32(0xFFFF) if 2 * k + 1 < outputs else u32(0), panels[panel, k]
+            if width < BROAD:
+                to[:] = 0
+            for j in range(width):
+                to[j] = u32(low[j]) | ((u32(high[j]) & keep) << u32(16))
+
+
+@_parallel
+def pack_transposed(parts: int, weight: Any, panels: Any) -> None:
+    """All panels, see :func:`_pack_transposed`, on ``parts`` threads."""
+    count = len(panels)
+    for part in prange(parts):
+        _pack_transposed(count * part // parts, count * (part + 1) // parts, weight, panels)
 
 
 @_jit
