@@ -88,3 +88,11 @@ def tiny_settings(teacher_dir) -> dict[str, object]:
 def as_options(settings: dict[str, object]) -> list[str]:
     """{"a.b": 1} -> ["--a.b=1"]."""
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture(params=(1, 2))
+def one_thread_or_two(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)

@@ -12,17 +12,12 @@ from onpolicy.layers.packed import PackedGate, PackedLinear, rms_norm, silu_mul
 from onpolicy.layers.replace import pack_layers
 from onpolicy.losses._bf16_products import available
 
-pytestmark = pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16")
+pytestmark = [
+    pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16"),
+    pytest.mark.usefixtures("one_thread_or_two"),
+]
 
 SHAPES = [(1, 1, 2), (8, 48, 32), (9, 49, 34), (250, 100, 66), (3, 24, 576)]  # n, N, I
-
-
-@pytest.fixture(params=(1, 2), autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -17,15 +17,10 @@ from onpolicy.losses._bf16_products import available
 from onpolicy.models import hidden_states, load_causal_lm
 from onpolicy.types import Prompt
 
-pytestmark = pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16")
-
-
-@pytest.fixture(params=(1, 2), autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16"),
+    pytest.mark.usefixtures("one_thread_or_two"),
+]
 
 
 def agree(found: Tensor, wanted: Tensor, tolerance: float = 2**-8) -> bool:

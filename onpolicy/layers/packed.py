@@ -128,12 +128,12 @@ def _packed(weight: Tensor) -> np.ndarray:
 def _packed_transposed(weight: Tensor) -> np.ndarray:
     """[I, N] bf16 -> words [ceil(N / 48), I / 2, 48]."""
     from onpolicy.bf16_block import BROAD
-    from onpolicy.layers import packed_kernels as kernels
+    from onpolicy.losses import _bf16_kernels as kernels
 
     inputs, outputs = weight.shape
     panels = np.empty((-(-outputs // BROAD), inputs // 2, BROAD), np.uint32)
     bits = weight.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
-    kernels.pack_transposed(torch.get_num_threads(), bits, panels)
+    kernels.pack_tokens(torch.get_num_threads(), bits, panels)
     return panels
 
 

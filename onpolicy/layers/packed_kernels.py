@@ -49,30 +49,6 @@ def pack(parts: int, weight: Any, panels: Any) -> None:
 
 
 @_jit
-def _pack_transposed(first: int, last: int, weight: Any, panels: Any) -> None:
-    """Panels ``first`` to ``last`` of [ceil(I / 48), ceil(N / 2), 48] from bits [N, I], filled up with zeros."""
-    outputs, inputs = weight.shape
-    for panel in range(first, last):
-        column = panel * BROAD
-        width = min(BROAD, inputs - column)
-        for k in range(panels.shape[1]):
-            low, high = weight[2 * k, column:], weight[min(2 * k + 1, outputs - 1), column:]
-            keep, to = u32(0xFFFF) if 2 * k + 1 < outputs else u32(0), panels[panel, k]
-            if width < BROAD:
-                to[:] = 0
-            for j in range(width):
-                to[j] = u32(low[j]) | ((u32(high[j]) & keep) << u32(16))
-
-
-@_parallel
-def pack_transposed(parts: int, weight: Any, panels: Any) -> None:
-    """All panels, see :func:`_pack_transposed`, on ``parts`` threads."""
-    count = len(panels)
-    for part in prange(parts):
-        _pack_transposed(count * part // parts, count * (part + 1) // parts, weight, panels)
-
-
-@_jit
 def _last_rows(x: Any) -> Any:
     """Of x [n, P], the rows beyond the last whole tile, filled up with zeros: [8, P]."""
     rows, pairs = x.shape

@@ -205,13 +205,14 @@ def hidden_gradient(parts: int, grad: Any, head: Any, total: Any) -> None:
 def _pack_tokens(first: int, last: int, hidden: Any, panels: Any) -> None:
     """Panels ``first`` to ``last``."""
     rows, size = hidden.shape
+    broad = panels.shape[2]
     for panel in range(first, last):
-        column = panel * WIDTH
-        width = min(WIDTH, size - column)
+        column = panel * broad
+        width = min(broad, size - column)
         for k in range(panels.shape[1]):
             low, high = hidden[2 * k, column:], hidden[min(2 * k + 1, rows - 1), column:]
             keep, to = u32(0xFFFF) if 2 * k + 1 < rows else u32(0), panels[panel, k]
-            if width < WIDTH:
+            if width < broad:
                 to[:] = 0
             for j in range(width):
                 to[j] = u32(low[j]) | ((u32(high[j]) & keep) << u32(16))
@@ -219,7 +220,10 @@ def _pack_tokens(first: int, last: int, hidden: Any, panels: Any) -> None:
 
 @_parallel
 def pack_tokens(parts: int, hidden: Any, panels: Any) -> None:
-    """bf16 bits [n, D] -> [ceil(D / 32), ceil(n / 2), 32] pairs along the tokens, filled up with zeros."""
+    """bf16 bits [n, D] -> [ceil(D / W), ceil(n / 2), W] pairs along the rows, filled up with zeros.
+
+    A product sums over the rows then, of tokens or of a weight.
+    """
     count = len(panels)
     for part in prange(parts):
         _pack_tokens(count * part // parts, count * (part + 1) // parts, hidden, panels)
