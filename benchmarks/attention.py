@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks import common
-from onpolicy.causal_attention import causal_attention
+from onpolicy.layers.causal_attention import causal_attention
 
 HEADS, SHARED, SIZE = 9, 3, 64  # SmolLM2-135M: query heads, key heads, head size
 

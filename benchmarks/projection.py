@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from benchmarks import common
-from onpolicy.losses import _bf16_products
-from onpolicy.losses._projection import bf16_products
+from onpolicy import bf16_products
+from onpolicy.losses._projection import bf16_arithmetic
 
 
 def sides(tokens: int, vocab: int, size: int, head_dtype: torch.dtype) -> Mapping[str, Callable[[], object]]:
@@ -25,11 +25,11 @@ def sides(tokens: int, vocab: int, size: int, head_dtype: torch.dtype) -> Mappin
     wide_hidden, wide_head, head16 = hidden.float(), head.float(), head.bfloat16()
 
     def float32() -> None:
-        with bf16_products(torch.bfloat16):
+        with bf16_arithmetic(torch.bfloat16):
             torch.mm(wide_hidden, wide_head.t(), out=logits)
 
     return {
-        "ours": lambda: _bf16_products.logits(hidden, head, logits),
+        "ours": lambda: bf16_products.logits(hidden, head, logits),
         "float32": float32,
         "bf16": lambda: torch.mm(hidden, head16.t(), out=coarse),
     }

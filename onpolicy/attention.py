@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from onpolicy.causal_attention import causal_attention, fits
+from onpolicy.layers.causal_attention import causal_attention, fits
 
 NAME = "onpolicy_shared_prompts"  # of this attention among transformers' implementations
 

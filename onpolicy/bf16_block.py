@@ -4,7 +4,7 @@ The instruction multiplies pairs of bf16 values that lie next to each other in 3
 float32 lane. Operands are therefore words, pairs along the summed dimension. A block is ``HEIGHT`` rows of the left
 operand by ``WIDTH`` columns of the right one, which lie side by side (a panel), so that the inner loop reads them in
 order; its 12 x 32 sums fill 24 of the 32 registers. Whether a CPU has the instruction says
-:func:`onpolicy.losses._bf16_products.available`.
+:func:`onpolicy.bf16_products.available`.
 
 numba's disk cache notices a change of the file a kernel is in, not of what it calls elsewhere. So whoever changes what
 is emitted here renames it: then the files of the kernels change too.

@@ -194,7 +194,7 @@ class OptimConfig:
 class BatchingConfig:
     """How rollouts become tensors."""
 
-    token_budget: int = 2048
+    token_budget: int = 4096
     """Positions of one forward pass, padding included; bounds activation memory."""
     share_prompts: bool = True
     """Compute a prompt once for all its completions (checked at start: the layers must pass attention arguments on)."""

@@ -36,6 +36,7 @@ _DEFAULTS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TORCH_CPP_LOG_LEVEL": "ERROR",  # "NUMA binding: ..." on every start
+    "KMP_WARNINGS": "0",  # "omp_set_nested routine deprecated", whenever numba starts its threads
 }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from onpolicy import attention
 from onpolicy.batching import pack, text_rollout
-from onpolicy.causal_attention import causal_attention
+from onpolicy.layers.causal_attention import causal_attention
 from onpolicy.models import hidden_states, load_causal_lm
 from onpolicy.types import Prompt, Rollout
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onpolicy.losses import _bf16_products
+from onpolicy import bf16_products
 from onpolicy.losses._projection import Projection
 
-pytestmark = pytest.mark.skipif(not _bf16_products.available(), reason="needs a CPU that multiplies bf16")
+pytestmark = pytest.mark.skipif(not bf16_products.available(), reason="needs a CPU that multiplies bf16")
 
 SHAPES = [(1, 1, 2), (12, 32, 64), (13, 33, 66), (5, 95, 30), (40, 130, 576)]  # n, V, D
 
@@ -31,9 +31,9 @@ def close(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> bool:
 def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> None:
     n, vocab, size = shape
     hidden, head = torch.randn(n, size).bfloat16(), torch.randn(vocab, size).to(dtype)
-    assert _bf16_products.supports(head)
+    assert bf16_products.supports(head)
     out = torch.full((n, vocab), torch.nan)
-    _bf16_products.logits(hidden, head, out)
+    bf16_products.logits(hidden, head, out)
     left, right = hidden.double(), head.bfloat16().double()
     assert close(out, left @ right.T, left.abs() @ right.abs().T)
 
@@ -43,7 +43,7 @@ def test_the_heads_gradient(shape: tuple[int, int, int], threads) -> None:
     n, vocab, size = shape
     grad, hidden, before = torch.randn(n, vocab).bfloat16(), torch.randn(n, size).bfloat16(), torch.randn(vocab, size)
     total = before.clone()
-    _bf16_products.add_head_gradient(total, grad, hidden)
+    bf16_products.add_weight_gradient(total, grad, hidden)
     left, right = grad.double().T, hidden.double()
     assert close(total, before + left @ right, before.abs() + left.abs() @ right.abs())
 
@@ -54,15 +54,15 @@ def test_a_float32_head_is_rounded_as_torch_rounds_it() -> None:
     head = torch.zeros(len(bits), 2)
     head[:, 1] = bits.to(torch.int32).view(torch.float32)
     out = torch.empty(1, len(bits))
-    _bf16_products.logits(torch.tensor([[0.0, 1.0]]).bfloat16(), head, out)
+    bf16_products.logits(torch.tensor([[0.0, 1.0]]).bfloat16(), head, out)
     assert torch.equal(out[0].nan_to_num(7, 8, 9), head[:, 1].bfloat16().float().nan_to_num(7, 8, 9))
 
 
 def test_projections_use_them(monkeypatch) -> None:
     """And what they cannot do goes the other way, with the same result."""
     calls = []
-    product = _bf16_products.logits
-    monkeypatch.setattr(_bf16_products, "logits", lambda *a: (calls.append(1), product(*a)))
+    product = bf16_products.logits
+    monkeypatch.setattr(bf16_products, "logits", lambda *a: (calls.append(1), product(*a)))
     hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(40, 8).bfloat16()
     results = [
         Projection(hidden, weights, None, 40).logits(hidden, torch.empty(3, 40))
@@ -74,8 +74,8 @@ def test_projections_use_them(monkeypatch) -> None:
 def test_a_trained_head_gets_its_gradient_from_them(monkeypatch) -> None:
     """From the 16-bit copy of the gradient by the logits; without one, or where it cannot be, the other way."""
     calls = []
-    product = _bf16_products.add_head_gradient
-    monkeypatch.setattr(_bf16_products, "add_head_gradient", lambda *a: (calls.append(1), product(*a)))
+    product = bf16_products.add_weight_gradient
+    monkeypatch.setattr(bf16_products, "add_weight_gradient", lambda *a: (calls.append(1), product(*a)))
     hidden, head = torch.randn(3, 8).bfloat16(), torch.randn(40, 8)
     grad = torch.randn(3, 40).bfloat16()
     totals = [torch.zeros(40, 8) for _ in range(2)]
@@ -90,7 +90,7 @@ def test_the_hidden_states_gradient(shape: tuple[int, int, int], dtype: torch.dt
     n, vocab, size = shape
     grad, head = torch.randn(n, vocab).bfloat16(), torch.randn(vocab, size).to(dtype)
     left, right = grad.double(), head.bfloat16().double()
-    assert close(_bf16_products.hidden_gradient(grad, head), left @ right, left.abs() @ right.abs())
+    assert close(bf16_products.hidden_gradient(grad, head), left @ right, left.abs() @ right.abs())
 
 
 def test_an_odd_vocabularys_gradient_goes_the_other_way() -> None:

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from onpolicy import causal_attention as module
-from onpolicy.causal_attention import causal_attention, fits
+from onpolicy.layers import causal_attention as module
+from onpolicy.layers.causal_attention import causal_attention, fits
 
 OWN = pytest.mark.skipif(not module.available(), reason="needs a CPU that multiplies bf16")
 
@@ -109,8 +109,9 @@ def test_it_is_used_where_it_is_right() -> None:
 def test_numbas_threads_leave_torchs_loops_flat() -> None:
     """Nested parallel regions, which numba switches on, make small products in torch's loops a hundred times slower."""
     code = (
-        "import ctypes, torch; torch.zeros(64, 64) @ torch.zeros(64, 64); import onpolicy.attention_kernels as k; "
-        "import numpy as np; k.softmax(np.ones((1, 2, 2), np.float32), np.float32(1), np.zeros((1, 2, 2), np.int16), "
+        "import ctypes, torch; torch.zeros(64, 64) @ torch.zeros(64, 64); "
+        "import onpolicy.layers.attention_kernels as k; import numpy as np; "
+        "k.softmax(np.ones((1, 2, 2), np.float32), np.float32(1), np.zeros((1, 2, 2), np.int16), "
         "np.zeros((1, 2), np.float32)); print(ctypes.CDLL('libgomp.so.1').omp_get_max_active_levels())"
     )
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}

@@ -17,7 +17,7 @@ copies = student.clone(), teacher.clone()
 outputs = [*_fused.run("reverse_kl", {}, 1.0, *copies, torch.arange(3), torch.ones(3), None)[:4]]
 outputs.append(_fused.compare(student, teacher, torch.arange(3), False))
 if torch.cpu.get_capabilities().get("avx512_bf16"):
-    from onpolicy.causal_attention import causal_attention
+    from onpolicy.layers.causal_attention import causal_attention
 
     states = [torch.randn(2, 50, heads, 32).bfloat16() for heads in (4, 2, 2)]
     outputs.append(causal_attention(*states, 0.2).float())

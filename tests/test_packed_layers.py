@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from onpolicy.attention import Layout, register
+from onpolicy.bf16_products import available
 from onpolicy.doctor.costs import tensor_bytes
 from onpolicy.layers.packed import PackedGate, PackedLinear, rms_norm, silu_mul
 from onpolicy.layers.replace import pack_layers
-from onpolicy.losses._bf16_products import available
 
 pytestmark = [
     pytest.mark.skipif(not available(), reason="needs a CPU that multiplies bf16"),

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from onpolicy.attention import Layout
 from onpolicy.batching import pack, text_rollout
+from onpolicy.bf16_products import available
 from onpolicy.layers.replace import quicken_layers
 from onpolicy.layers.rotary import lay_out
 from onpolicy.layers.trained import gated, project, rms_norm
-from onpolicy.losses._bf16_products import available
 from onpolicy.models import hidden_states, load_causal_lm
 from onpolicy.types import Prompt
 

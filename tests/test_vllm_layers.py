@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onpolicy.losses._bf16_products import available
+from onpolicy.bf16_products import available
 from onpolicy.rollouts.vllm_layers import quicken
 
 

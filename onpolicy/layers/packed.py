@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from onpolicy.losses._bf16_products import available
+from onpolicy.bf16_products import available
 
 
 class _Packed:
@@ -127,8 +127,8 @@ def _packed(weight: Tensor) -> np.ndarray:
 
 def _packed_transposed(weight: Tensor) -> np.ndarray:
     """[I, N] bf16 -> words [ceil(N / 48), I / 2, 48]."""
+    from onpolicy import bf16_kernels as kernels
     from onpolicy.bf16_block import BROAD
-    from onpolicy.losses import _bf16_kernels as kernels
 
     inputs, outputs = weight.shape
     panels = np.empty((-(-outputs // BROAD), inputs // 2, BROAD), np.uint32)

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_products import add_weight_gradient
 from onpolicy.layers.packed import PackedLinear, silu_mul
-from onpolicy.losses._bf16_products import add_head_gradient
 
 _TOKENS = 256  # whose products are added to a weight's gradient at a time: they stay in the cache
 
@@ -61,7 +61,7 @@ class _Project(torch.autograd.Function):
         for slopes, states in zip(
             grad.view(-1, outputs).split(_TOKENS), x.reshape(-1, inputs).split(_TOKENS), strict=True
         ):
-            add_head_gradient(total, slopes, states)
+            add_weight_gradient(total, slopes, states)
         return d_x, *[part.to(dtype) for part, dtype in zip(total.split(ctx.sizes), ctx.dtypes, strict=True)]
 
 

@@ -2,7 +2,7 @@
 
 Logits are float32 even for bf16 models: rounding a logit of 16 to bf16 moves its log-probability by up to 0.06 nats.
 The product of bf16 values with a float32 result is, on CUDA, ``torch.mm(..., out_dtype=float32)``; on CPUs that
-multiply bf16 values our own (:mod:`onpolicy.losses._bf16_products`), and otherwise oneDNN's float32 product, with bf16
+multiply bf16 values our own (:mod:`onpolicy.bf16_products`), and otherwise oneDNN's float32 product, with bf16
 arithmetic inside where the CPU has a matrix unit (exact here, because the operands *are* bf16 values).
 
 Shape legend: n tokens of a chunk, V vocabulary, D hidden size.
@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from onpolicy.losses import _bf16_products, _workspace
+from onpolicy import bf16_products
+from onpolicy.losses import _workspace
 
 _TILE_ROWS = 16384  # head rows widened at a time: 36 MiB for D = 576
 
@@ -32,8 +33,8 @@ class Projection:
         self.dtype = product_dtype(hidden, head)
         self.accumulate = torch.float64 if self.dtype == torch.float64 else torch.float32
         self._widened = hidden.device.type == "cpu" and self.low_precision
-        self._own_products = self._widened and self.dtype == torch.bfloat16 and _bf16_products.available()
-        self._own_logits = self._own_products and _bf16_products.supports(self.head)
+        self._own_products = self._widened and self.dtype == torch.bfloat16 and bf16_products.available()
+        self._own_logits = self._own_products and bf16_products.supports(self.head)
         self._converted: Tensor | None = None
 
     @property
@@ -47,7 +48,7 @@ class Projection:
             return out.copy_(self.logits(hidden, torch.empty_like(out, dtype=self.accumulate)))
         hidden = hidden.to(self.dtype)
         if self._own_logits and out.is_contiguous():
-            _bf16_products.logits(hidden, self.head, out)
+            bf16_products.logits(hidden, self.head, out)
         elif self._widened:
             self._widened_logits(hidden.float(), out)
         elif self.low_precision:
@@ -59,19 +60,19 @@ class Projection:
     def grad_hidden(self, grad: Tensor, rounded: Tensor | None) -> Tensor:
         """Gradient by the logits [n, V] (and its 16-bit copy, if there is one) -> [n, D]."""
         if self._own_logits and rounded is not None and rounded.is_contiguous() and rounded.shape[1] % 2 == 0:
-            return _bf16_products.hidden_gradient(rounded, self.head)
+            return bf16_products.hidden_gradient(rounded, self.head)
         return (grad.to(self.dtype) if rounded is None else rounded) @ self._operand()
 
     def add_grad_head(self, total: Tensor, grad: Tensor, rounded: Tensor | None, hidden: Tensor) -> None:
         """total [V, D] += grad.T [V, n] @ hidden [n, D], accumulated in float32 (float64); ``rounded`` as above."""
         hidden = hidden.to(self.dtype)
         if self._own_products and rounded is not None and total.dtype == torch.float32 and total.is_contiguous():
-            _bf16_products.add_head_gradient(total, rounded, hidden)
+            bf16_products.add_weight_gradient(total, rounded, hidden)
         elif self.low_precision and not self._widened:
             low = grad.to(self.dtype) if rounded is None else rounded
             total += torch.mm(low.t(), hidden, out_dtype=total.dtype)
         else:
-            with bf16_products(self.dtype):
+            with bf16_arithmetic(self.dtype):
                 total.addmm_(grad.t(), hidden.to(total.dtype))
 
     def _operand(self) -> Tensor:
@@ -85,7 +86,7 @@ class Projection:
         return self._converted
 
     def _widened_logits(self, hidden: Tensor, out: Tensor) -> None:
-        with bf16_products(self.dtype):
+        with bf16_arithmetic(self.dtype):
             if self.head.dtype == torch.float32:
                 torch.mm(hidden, self.head.t(), out=out)
                 return
@@ -111,7 +112,7 @@ def product_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def bf16_products(dtype: torch.dtype) -> Iterator[None]:
+def bf16_arithmetic(dtype: torch.dtype) -> Iterator[None]:
     """Within: float32 CPU products take bf16 operands and keep float32 sums, if ``dtype`` is bf16."""
     if dtype != torch.bfloat16:
         yield

@@ -4,7 +4,8 @@ Why replace it: (1) temperature, top-k and top-p then mean exactly what ``spec.s
 (2) a completion's random numbers depend on its seed and position alone, whereas vLLM's seeded generators advance on
 every scheduled chunk and cannot be rewound on a CPU; (3) one uniform and a search replace Gumbel noise over the
 whole vocabulary, the dearest part of a step after the matrix products; (4) vLLM's log-prob ranks, which nobody here
-reads, need a C++ compiler at run time.
+reads, need a C++ compiler at run time; (5) the log-probs stay here until their completion has ended, instead of passing
+through vLLM as objects of their own, token by token.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from vllm.v1.outputs import LogprobsTensors, SamplerOutput
+from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.sampler import Sampler as StockSampler
 
 from onpolicy.rollouts.draw import draw_tokens, uniforms
 from onpolicy.types import SamplingParams
 
-SEED_KEY = "onpolicy_seed"  # in SamplingParams.extra_args of a request
+SEED_KEY, NAME_KEY = "onpolicy_seed", "onpolicy_name"  # in SamplingParams.extra_args of a request
 
 
 class KeyedSampler(StockSampler):
@@ -29,25 +30,21 @@ class KeyedSampler(StockSampler):
         super().__init__()
         self._runner, self._used = runner, used_ids
         self.params = SamplingParams()  # of the batch in progress: one set for all its requests
+        self.logprobs: dict[str, list[float]] = {}  # by the requests' names, of the tokens drawn so far
 
     def forward(self, logits: torch.Tensor, sampling_metadata: Any, *_: Any, **__: Any) -> SamplerOutput:
-        """logits [B, V] -> tokens [B, 1] and their log-probs [B, 1]."""
-        tokens, logprobs = draw_tokens(logits[:, : self._used], self._uniforms(), self.params)
-        return SamplerOutput(
-            sampled_token_ids=tokens.to(torch.int32)[:, None],
-            logprobs_tensors=LogprobsTensors(
-                logprob_token_ids=tokens.to(torch.int32)[:, None],
-                logprobs=logprobs[:, None],
-                selected_token_ranks=torch.zeros_like(tokens),
-            ),
-        )
-
-    def _uniforms(self) -> np.ndarray:
+        """logits [B, V] -> tokens [B, 1]; their log-probs are kept."""
         batch, requests = self._runner.input_batch, self._runner.requests
         count = batch.num_reqs
-        seeds = [requests[name].sampling_params.extra_args[SEED_KEY] for name in batch.req_ids[:count]]
+        keys = [requests[name].sampling_params.extra_args for name in batch.req_ids[:count]]
         positions = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
-        return uniforms(np.array(seeds, dtype=np.uint64), positions)
+        drawn = uniforms(np.array([key[SEED_KEY] for key in keys], dtype=np.uint64), positions)
+        tokens, logprobs = draw_tokens(logits[:, : self._used], drawn, self.params)
+        for key, position, logprob in zip(keys, positions.tolist(), logprobs.tolist(), strict=True):
+            kept = self.logprobs.setdefault(key[NAME_KEY], [])
+            # A prefill in pieces draws after each of them, and what it drew before the last one is dropped.
+            kept[position:] = [logprob]
+        return SamplerOutput(sampled_token_ids=tokens.to(torch.int32)[:, None], logprobs_tensors=None)
 
 
 def install(runner: Any, used_ids: int | None = None) -> KeyedSampler:

@@ -97,13 +97,15 @@ class VLLMSampler(ClosingSampler):
             while pending:
                 for output in engine.step():
                     place, prompt, sample = pending.pop(output.request_id)
-                    rollout = self._rollout(prompt, sample, output.outputs[0], params)
+                    drawn = output.outputs[0].token_ids, self._draw.logprobs.pop(output.request_id)
+                    rollout = self._rollout(prompt, sample, *drawn, params)
                     rollouts[place] = rollout
                     if progress is not None:
                         progress(len(rollout))
         finally:
             # After an error or Ctrl-C the engine must not go on with these in the next call.
             engine.abort_request(list(pending))
+            self._draw.logprobs.clear()
         return [rollout for rollout in rollouts if rollout is not None]
 
     def sync(self, weights: Iterable[tuple[str, torch.Tensor]], policy_version: int) -> None:
@@ -136,24 +138,25 @@ class VLLMSampler(ClosingSampler):
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
-        from onpolicy.rollouts.vllm_draw import SEED_KEY
+        from onpolicy.rollouts.vllm_draw import NAME_KEY, SEED_KEY
 
+        self._request += 1
+        name = f"{self._request}"
         request = EngineParams(
             temperature=params.temperature,
             max_tokens=params.max_tokens,
             stop_token_ids=list(params.stop_token_ids),
             ignore_eos=True,  # the stop tokens are ours to name: the model's own list often lacks the chat template's
-            logprobs=0,  # of the drawn token alone
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
-            extra_args={SEED_KEY: completion_seed(params, prompt, sample)},
+            extra_args={SEED_KEY: completion_seed(params, prompt, sample), NAME_KEY: name},
         )
-        self._request += 1
-        name = f"{self._request}"
         engine.add_request(name, tokens_input(list(prompt.token_ids)), request)
         return name
 
-    def _rollout(self, prompt: Prompt, sample: int, output: Any, params: SamplingParams) -> Rollout:
-        ids = list(output.token_ids)
-        logprobs = [step[token].logprob for step, token in zip(output.logprobs, ids, strict=True)]
-        return make_rollout(prompt, sample, ids, logprobs, params.stop_token_ids, self.policy_version, self.source)
+    def _rollout(
+        self, prompt: Prompt, sample: int, ids: Sequence[int], logprobs: list[float], params: SamplingParams
+    ) -> Rollout:
+        return make_rollout(
+            prompt, sample, list(ids), logprobs, params.stop_token_ids, self.policy_version, self.source
+        )

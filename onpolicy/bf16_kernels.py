@@ -1,4 +1,4 @@
-"""numba kernels of :mod:`onpolicy.losses._bf16_products`, around :mod:`onpolicy.bf16_block`. Imported at first use.
+"""numba kernels of :mod:`onpolicy.bf16_products`, around :mod:`onpolicy.bf16_block`. Imported at first use.
 
 Shape legend: n tokens, V vocabulary, D hidden size; P pairs of the summed dimension.
 """
@@ -230,7 +230,7 @@ def pack_tokens(parts: int, hidden: Any, panels: Any) -> None:
 
 
 @_jit
-def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> None:
+def _weight_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) -> None:
     """Rows 12 first : 12 last of ``total`` [V, D] float32 += grad.T [V, n] @ hidden [n, D].
 
     grad: bf16 bits [n, V]. hidden: from :func:`pack_tokens`.
@@ -265,8 +265,8 @@ def _head_gradient(first: int, last: int, grad: Any, hidden: Any, total: Any) ->
 
 
 @_parallel
-def head_gradient(parts: int, grad: Any, hidden: Any, total: Any) -> None:
-    """All rows, see :func:`_head_gradient`, on ``parts`` threads."""
+def weight_gradient(parts: int, grad: Any, hidden: Any, total: Any) -> None:
+    """All rows, see :func:`_weight_gradient`, on ``parts`` threads."""
     count = -(-grad.shape[1] // HEIGHT)
     for part in prange(parts):
-        _head_gradient(count * part // parts, count * (part + 1) // parts, grad, hidden, total)
+        _weight_gradient(count * part // parts, count * (part + 1) // parts, grad, hidden, total)

@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_products import available
 from onpolicy.losses import _workspace
-from onpolicy.losses._bf16_products import available
-from onpolicy.losses._projection import bf16_products
+from onpolicy.losses._projection import bf16_arithmetic
 
 _SCORES = 1 << 19  # elements of the scores computed at a time: 2 MiB of float32
 _LONGEST = 512  # positions beyond which torch's backward pass, which skips what no query sees, is faster
@@ -81,7 +81,7 @@ def _by_own_kernel(
     query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor, out: Tensor, normalisers: Tensor
 ) -> None:
     """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M], within the spans at least."""
-    from onpolicy import attention_kernels as kernels
+    from onpolicy.layers import attention_kernels as kernels
 
     words = [_words(states) for states in (query, key, value)]
     kernels.attend(
@@ -94,7 +94,7 @@ def _backward_by_own_kernel(
     spans: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor,
 ) -> None:  # fmt: skip
     """Fills the last three, of the shapes of query, key and value; ``grad`` and ``out`` count within the spans."""
-    from onpolicy import attention_kernels as kernels
+    from onpolicy.layers import attention_kernels as kernels
 
     words = [_words(states) for states in (query, key, value, grad)]
     kernels.attend_backward(
@@ -107,7 +107,7 @@ def _by_products(
     query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Tensor, out: Tensor, normalisers: Tensor
 ) -> None:
     """The same, at all positions."""
-    from onpolicy import attention_kernels as kernels
+    from onpolicy.layers import attention_kernels as kernels
 
     shared = key.shape[2]
     for part in _parts(query):
@@ -123,7 +123,7 @@ def _backward_by_products(
     spans: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor,
 ) -> None:  # fmt: skip
     """The same, from gradients that are zero outside the spans."""
-    from onpolicy import attention_kernels as kernels
+    from onpolicy.layers import attention_kernels as kernels
 
     shared = key.shape[2]
     inner = _folded_inner(grad, out, shared)
@@ -174,7 +174,7 @@ def _products(name: str, left: Tensor, right: Tensor) -> Tensor:
     """[s*K, G*M, D] x [s*K, M, D] -> [s*K, G*M, M] float32, in a buffer that the next call of this name overwrites."""
     shape = (left.shape[0], left.shape[1], right.shape[1])
     out = _workspace.take(f"attention_{name}", shape, torch.float32, left.device)
-    with bf16_products(left.dtype):
+    with bf16_arithmetic(left.dtype):
         return torch.bmm(left.float(), right.float().transpose(1, 2), out=out)
 
 

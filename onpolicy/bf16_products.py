@@ -34,8 +34,8 @@ def supports(head: Tensor) -> bool:
 
 def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
     """``out`` [n, V] float32 = hidden [n, D] bf16 @ head.T [D, V], a float32 head rounded to bf16. All contiguous."""
+    from onpolicy import bf16_kernels as kernels
     from onpolicy.bf16_block import HEIGHT
-    from onpolicy.losses import _bf16_kernels as kernels
 
     pairs = hidden.shape[1] // 2
     packed = np.empty((-(-len(hidden) // HEIGHT), pairs, HEIGHT), np.uint32)
@@ -46,8 +46,8 @@ def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 def hidden_gradient(grad: Tensor, head: Tensor) -> Tensor:
     """[n, D] float32 = grad @ head, grad [n, V] bf16, a float32 head [V, D] rounded to bf16, V even. All contiguous."""
+    from onpolicy import bf16_kernels as kernels
     from onpolicy.bf16_block import HEIGHT, WIDTH
-    from onpolicy.losses import _bf16_kernels as kernels
 
     rows, size = len(grad), head.shape[1]
     total = np.zeros((-(-rows // HEIGHT) * HEIGHT, -(-size // WIDTH) * WIDTH), np.float32)
@@ -55,15 +55,15 @@ def hidden_gradient(grad: Tensor, head: Tensor) -> Tensor:
     return torch.from_numpy(total)[:rows, :size]
 
 
-def add_head_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
+def add_weight_gradient(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """``total`` [V, D] float32 += grad.T @ hidden, grad [n, V] and hidden [n, D] bf16. All contiguous."""
+    from onpolicy import bf16_kernels as kernels
     from onpolicy.bf16_block import WIDTH
-    from onpolicy.losses import _bf16_kernels as kernels
 
     bits, size = _bits(grad), hidden.shape[1]
     packed = np.empty((-(-size // WIDTH), -(-len(hidden) // 2), WIDTH), np.uint32)
     kernels.pack_tokens(torch.get_num_threads(), _bits(hidden), packed)
-    kernels.head_gradient(torch.get_num_threads(), bits, packed, total.numpy())
+    kernels.weight_gradient(torch.get_num_threads(), bits, packed, total.numpy())
 
 
 def _bits(matrix: Tensor) -> np.ndarray:
