@@ -166,7 +166,7 @@ def _hidden_gradient(first: int, last: int, grad: Any, head: Any, total: Any) ->
             to, row = left[i], grad[i, start:]
             for k in range(pairs):
                 to[k] = row[k]
-        following, turn = start + depth, 0
+        following = start + depth
         for panel in range(len(panels)):
             for tile in range(tiles):
                 at, to_right, out = (

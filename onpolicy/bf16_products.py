@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_bits import words
+
 
 @lru_cache
 def available() -> bool:
@@ -39,9 +41,9 @@ def logits(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
     pairs = hidden.shape[1] // 2
     packed = np.empty((-(-len(hidden) // HEIGHT), pairs, HEIGHT), np.uint32)
-    kernels.pack_rows(_words(hidden), packed)
+    kernels.pack_rows(words(hidden), packed)
     aligned = out.data_ptr() % 64 == 0 and out.shape[1] % 16 == 0
-    kernels.logits(torch.get_num_threads(), _words(head), packed, out.numpy(), aligned)
+    kernels.logits(torch.get_num_threads(), words(head), packed, out.numpy(), aligned)
 
 
 def hidden_gradient(grad: Tensor, head: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ def hidden_gradient(grad: Tensor, head: Tensor) -> Tensor:
 
     rows, size = len(grad), head.shape[1]
     total = np.zeros((-(-rows // HEIGHT) * HEIGHT, -(-size // WIDTH) * WIDTH), np.float32)
-    kernels.hidden_gradient(torch.get_num_threads(), _words(grad), _bits(head), total)
+    kernels.hidden_gradient(torch.get_num_threads(), words(grad), _bits(head), total)
     return torch.from_numpy(total)[:rows, :size]
 
 
@@ -70,8 +72,3 @@ def _bits(matrix: Tensor) -> np.ndarray:
     """Of a bf16 matrix, [rows, columns] uint16; of a float32 one, uint32."""
     signed, unsigned = (torch.int16, np.uint16) if matrix.dtype == torch.bfloat16 else (torch.int32, np.uint32)
     return matrix.detach().contiguous().view(signed).numpy().view(unsigned)
-
-
-def _words(matrix: Tensor) -> np.ndarray:
-    """The bits of a matrix, [rows, bytes of a row / 4]."""
-    return matrix.detach().contiguous().view(torch.uint8).numpy().view(np.uint32)

@@ -13,14 +13,6 @@ pytestmark = pytest.mark.skipif(not bf16_products.available(), reason="needs a C
 SHAPES = [(1, 1, 2), (12, 32, 64), (13, 33, 66), (5, 95, 30), (40, 130, 576)]  # n, V, D
 
 
-@pytest.fixture(params=(1, 2))
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
-
-
 def close(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> bool:
     """Within float32 rounding of sums whose terms have absolute values that add up to ``size``."""
     return bool(((found.double() - exact).abs() <= 1e-6 * size + 1e-30).all())
@@ -28,7 +20,7 @@ def close(found: torch.Tensor, exact: torch.Tensor, size: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> None:
+def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, one_thread_or_two) -> None:
     n, vocab, size = shape
     hidden, head = torch.randn(n, size).bfloat16(), torch.randn(vocab, size).to(dtype)
     assert bf16_products.supports(head)
@@ -39,7 +31,7 @@ def test_logits(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> Non
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 192, 32), (275, 230, 40)])
-def test_the_heads_gradient(shape: tuple[int, int, int], threads) -> None:
+def test_the_heads_gradient(shape: tuple[int, int, int], one_thread_or_two) -> None:
     n, vocab, size = shape
     grad, hidden, before = torch.randn(n, vocab).bfloat16(), torch.randn(n, size).bfloat16(), torch.randn(vocab, size)
     total = before.clone()
@@ -86,7 +78,7 @@ def test_a_trained_head_gets_its_gradient_from_them(monkeypatch) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 @pytest.mark.parametrize("shape", [(1, 2, 2), (12, 192, 32), (13, 194, 66), (5, 96, 30), (25, 500, 620)])
-def test_the_hidden_states_gradient(shape: tuple[int, int, int], dtype: torch.dtype, threads) -> None:
+def test_the_hidden_states_gradient(shape: tuple[int, int, int], dtype: torch.dtype, one_thread_or_two) -> None:
     n, vocab, size = shape
     grad, head = torch.randn(n, vocab).bfloat16(), torch.randn(vocab, size).to(dtype)
     left, right = grad.double(), head.bfloat16().double()

@@ -142,7 +142,6 @@ def test_a_model_learns_what_it_learnt_before(model, share_prompts: bool) -> Non
 def test_a_module_that_does_something_else_stays_as_it_is(model) -> None:
     odd = copy.deepcopy(model)
     layer = odd.get_decoder().layers[0]
-    layer.mlp.register_forward_hook(lambda module, inputs, output: output)  # a hook alone is no difference
     original = layer.post_attention_layernorm.forward
     layer.post_attention_layernorm.forward = lambda x: 1.5 * original(x)
     with pytest.warns(UserWarning, match="LlamaRMSNorm by our kernels does not do what it did"):

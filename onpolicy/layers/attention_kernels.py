@@ -1,4 +1,4 @@
-"""Causal attention compiled by numba: all of its forward pass, and the softmax and its gradient alone.
+"""Causal attention compiled by numba: both its passes whole, and the softmax and its gradient alone.
 
 bf16 values are handed over as their bits: int16, or words of two where they are multiplied
 (:mod:`onpolicy.bf16_block`). One file on purpose: numba's disk cache notices a change of the file a kernel is in, not

@@ -2,10 +2,10 @@
 
 torch's fused CPU kernel multiplies small tiles one by one, which takes longer on CPUs without AMX
 (benchmarks/attention.py). Here scores are float32 (bf16 operands, float32 sums), the softmax is float32, and
-probabilities are rounded to the operands' dtype before they meet the values, as in the fused kernel. The forward pass
-is a kernel of our own where the CPU multiplies bf16 values; elsewhere, and in the backward pass, a few sequences at a
-time go through batched products: the queries of heads that share keys are stacked, so keys and values are never
-repeated, their scores stay in the cache, and the backward pass computes them again from the log-normalisers.
+probabilities are rounded to the operands' dtype before they meet the values, as in the fused kernel. Both passes are
+kernels of our own where the CPU multiplies bf16 values. Elsewhere a few sequences at a time go through batched
+products: the queries of heads that share keys are stacked, so keys and values are never repeated, their scores stay in
+the cache, and the backward pass computes them again from the log-normalisers.
 
 Shape legend: S sequences, s of them at a time, H heads, K key heads, G = H / K, M positions, D head size.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_bits import bits, words
 from onpolicy.bf16_products import available
 from onpolicy.losses import _workspace
 from onpolicy.losses._projection import bf16_arithmetic
@@ -83,9 +84,14 @@ def _by_own_kernel(
     """Fills ``out`` [S, M, H, D] and ``normalisers`` [S, K, G * M], within the spans at least."""
     from onpolicy.layers import attention_kernels as kernels
 
-    words = [_words(states) for states in (query, key, value)]
+    operands = [words(states) for states in (query, key, value)]
     kernels.attend(
-        torch.get_num_threads(), *words, np.float32(scale), spans.contiguous().numpy(), _bits(out), normalisers.numpy()
+        torch.get_num_threads(),
+        *operands,
+        np.float32(scale),
+        spans.contiguous().numpy(),
+        bits(out),
+        normalisers.numpy(),
     )
 
 
@@ -96,10 +102,10 @@ def _backward_by_own_kernel(
     """Fills the last three, of the shapes of query, key and value; ``grad`` and ``out`` count within the spans."""
     from onpolicy.layers import attention_kernels as kernels
 
-    words = [_words(states) for states in (query, key, value, grad)]
+    operands = [words(states) for states in (query, key, value, grad)]
     kernels.attend_backward(
-        torch.get_num_threads(), *words, _bits(grad.contiguous()), _bits(out), normalisers.numpy(), np.float32(scale),
-        spans.contiguous().numpy(), _bits(d_query), _bits(d_key), _bits(d_value),
+        torch.get_num_threads(), *operands, bits(grad.contiguous()), bits(out), normalisers.numpy(), np.float32(scale),
+        spans.contiguous().numpy(), bits(d_query), bits(d_key), bits(d_value),
     )  # fmt: skip
 
 
@@ -114,7 +120,7 @@ def _by_products(
         q, k, v = (_folded(states[part], shared) for states in (query, key, value))
         scores = _products("scores", q, k)
         probs = torch.empty(scores.shape, dtype=v.dtype)
-        kernels.softmax(scores.numpy(), np.float32(scale), _bits(probs), normalisers[part].flatten(0, 1).numpy())
+        kernels.softmax(scores.numpy(), np.float32(scale), bits(probs), normalisers[part].flatten(0, 1).numpy())
         _unfold(torch.bmm(probs, v), out[part])
 
 
@@ -133,7 +139,7 @@ def _backward_by_products(
         probs, d_scores = (torch.empty(scores.shape, dtype=q.dtype) for _ in range(2))
         kernels.gradient(
             scores.numpy(), normalisers[part].flatten(0, 1).numpy(), d_probs.numpy(),
-            inner[part].flatten(0, 1).numpy(), np.float32(scale), _bits(probs), _bits(d_scores),
+            inner[part].flatten(0, 1).numpy(), np.float32(scale), bits(probs), bits(d_scores),
         )  # fmt: skip
         _unfold(torch.bmm(d_scores, k), d_query[part])
         _unfold(torch.bmm(d_scores.transpose(1, 2), q), d_key[part])
@@ -176,12 +182,3 @@ def _products(name: str, left: Tensor, right: Tensor) -> Tensor:
     out = _workspace.take(f"attention_{name}", shape, torch.float32, left.device)
     with bf16_arithmetic(left.dtype):
         return torch.bmm(left.float(), right.float().transpose(1, 2), out=out)
-
-
-def _bits(tensor: Tensor) -> np.ndarray:
-    return tensor.view(torch.int16).numpy()
-
-
-def _words(tensor: Tensor) -> np.ndarray:
-    """Pairs of bf16 values along the last dimension."""
-    return tensor.detach().contiguous().view(torch.int32).numpy().view(np.uint32)

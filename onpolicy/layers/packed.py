@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_bits import bits, words
 from onpolicy.bf16_products import available
 
 
@@ -52,8 +53,8 @@ class PackedLinear(_Packed):
         if self.dtype == torch.float32:
             results = out.numpy(), self._none
         else:
-            results = self._none, out.view(torch.int16).numpy()
-        kernels.multiply(torch.get_num_threads(), _words(flat), self._panels, *results)
+            results = self._none, bits(out)
+        kernels.multiply(torch.get_num_threads(), words(flat), self._panels, *results)
         out = out if self.bias is None else out.add_(self.bias)
         return out if x.ndim == 2 else out.view(*x.shape[:-1], self.outputs)
 
@@ -80,7 +81,7 @@ class PackedGate(_Packed):
 
         flat = x.reshape(-1, self.inputs)
         out = torch.empty(len(flat), self.outputs, dtype=torch.bfloat16)
-        kernels.multiply_gated(torch.get_num_threads(), _words(flat), self._panels, out.view(torch.int16).numpy())
+        kernels.multiply_gated(torch.get_num_threads(), words(flat), self._panels, bits(out))
         return out.view(*x.shape[:-1], self.outputs)
 
 
@@ -94,8 +95,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float, residual: Tensor | None 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty_like(flat)
     stream = flat[:0] if residual is None else residual.view(flat.shape)
-    bits = [states.view(torch.int16).numpy() for states in (flat, stream, weight.detach())]
-    kernels.rms_norm(torch.get_num_threads(), *bits, np.float32(epsilon), out.view(torch.int16).numpy())
+    operands = [bits(states) for states in (flat, stream, weight)]
+    kernels.rms_norm(torch.get_num_threads(), *operands, np.float32(epsilon), bits(out))
     return out.view(x.shape)
 
 
@@ -105,7 +106,7 @@ def silu_mul(x: Tensor) -> Tensor:
 
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty(len(flat), flat.shape[1] // 2, dtype=torch.bfloat16)
-    kernels.silu_mul(torch.get_num_threads(), flat.view(torch.int16).numpy(), out.view(torch.int16).numpy())
+    kernels.silu_mul(torch.get_num_threads(), bits(flat), bits(out))
     return out.view(*x.shape[:-1], -1)
 
 
@@ -121,7 +122,7 @@ def _packed(weight: Tensor) -> np.ndarray:
     from onpolicy.layers import packed_kernels as kernels
 
     panels = np.empty((-(-len(weight) // BROAD), weight.shape[1] // 2, BROAD), np.uint32)
-    kernels.pack(torch.get_num_threads(), _words(weight), panels)
+    kernels.pack(torch.get_num_threads(), words(weight), panels)
     return panels
 
 
@@ -132,11 +133,5 @@ def _packed_transposed(weight: Tensor) -> np.ndarray:
 
     inputs, outputs = weight.shape
     panels = np.empty((-(-outputs // BROAD), inputs // 2, BROAD), np.uint32)
-    bits = weight.detach().contiguous().view(torch.int16).numpy().view(np.uint16)
-    kernels.pack_tokens(torch.get_num_threads(), bits, panels)
+    kernels.pack_tokens(torch.get_num_threads(), bits(weight.contiguous()).view(np.uint16), panels)
     return panels
-
-
-def _words(matrix: Tensor) -> np.ndarray:
-    """Pairs of bf16 values along the rows."""
-    return matrix.detach().contiguous().view(torch.int32).numpy().view(np.uint32)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from onpolicy.attention import Layout
+from onpolicy.bf16_bits import bits
 
 
 def lay_out(states: Tensor, cos: Tensor, sin: Tensor, layout: Layout, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,8 +38,8 @@ class _LayOut(torch.autograd.Function):
         out = tuple(torch.empty(*shape, count, size, dtype=states.dtype) for count in (heads, shared, shared))
         flat = states.reshape(-1, width).contiguous()
         kernels.lay_out(
-            torch.get_num_threads(), _bits(flat), *(x.numpy() for x in angles), layout.gather.flatten().numpy(),
-            *(_bits(x.view(shape.numel(), -1)) for x in out),
+            torch.get_num_threads(), bits(flat), *(x.numpy() for x in angles), layout.gather.flatten().numpy(),
+            *(bits(x.view(shape.numel(), -1)) for x in out),
         )  # fmt: skip
         ctx.save_for_backward(*angles)
         ctx.layout, ctx.shape = layout, states.shape
@@ -52,13 +52,9 @@ class _LayOut(torch.autograd.Function):
 
         slots, begins = ctx.layout.sources
         angles = [x.numpy() for x in ctx.saved_tensors]
-        flat = [_bits(grad.contiguous().view(ctx.layout.gather.numel(), -1)) for grad in gradients]
+        flat = [bits(grad.contiguous().view(ctx.layout.gather.numel(), -1)) for grad in gradients]
         out = torch.empty(ctx.shape, dtype=torch.bfloat16)
         kernels.lay_out_backward(
-            torch.get_num_threads(), *flat, *angles, slots.numpy(), begins.numpy(), _bits(out.view(-1, ctx.shape[-1]))
+            torch.get_num_threads(), *flat, *angles, slots.numpy(), begins.numpy(), bits(out.view(-1, ctx.shape[-1]))
         )
         return out, None, None, None, None
-
-
-def _bits(matrix: Tensor) -> np.ndarray:
-    return matrix.detach().view(torch.int16).numpy()

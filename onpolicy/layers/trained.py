@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from onpolicy.bf16_bits import bits
 from onpolicy.bf16_products import add_weight_gradient
 from onpolicy.layers.packed import PackedLinear, silu_mul
 
@@ -72,7 +73,7 @@ class _RMSNorm(torch.autograd.Function):
 
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         out, factors = torch.empty_like(flat, dtype=torch.bfloat16), torch.empty(len(flat))
-        arrays = [flat.numpy(), weight.detach().numpy(), np.float32(epsilon), _bits(out), factors.numpy()]
+        arrays = [flat.numpy(), weight.detach().numpy(), np.float32(epsilon), bits(out), factors.numpy()]
         kernels.rms_norm(torch.get_num_threads(), *arrays)
         ctx.save_for_backward(flat, weight, factors)
         return out.view(x.shape)
@@ -85,7 +86,7 @@ class _RMSNorm(torch.autograd.Function):
         flat, weight, factors = ctx.saved_tensors
         threads, slopes = torch.get_num_threads(), grad.reshape(flat.shape).contiguous()
         d_x, d_weights = torch.empty_like(flat), torch.zeros(threads, len(weight))
-        arrays = [_bits(slopes), *(states.numpy() for states in (flat, weight.detach(), factors, d_x, d_weights))]
+        arrays = [bits(slopes), *(states.numpy() for states in (flat, weight.detach(), factors, d_x, d_weights))]
         kernels.rms_norm_backward(threads, *arrays)
         return d_x.view(grad.shape), d_weights.sum(0), None
 
@@ -104,9 +105,5 @@ class _SiluMul(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         flat, slopes = x.reshape(-1, x.shape[-1]).contiguous(), grad.reshape(-1, grad.shape[-1]).contiguous()
         d_x = torch.empty_like(flat)
-        kernels.silu_mul_backward(torch.get_num_threads(), _bits(flat), _bits(slopes), _bits(d_x))
+        kernels.silu_mul_backward(torch.get_num_threads(), bits(flat), bits(slopes), bits(d_x))
         return d_x.view(x.shape)
-
-
-def _bits(matrix: Tensor) -> np.ndarray:
-    return matrix.view(torch.int16).numpy()
